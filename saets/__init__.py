@@ -1,0 +1,52 @@
+"""SAE-Targeted Steering: measure what steering vectors do to SAE features, and build vectors that hit chosen ones."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saets.approximator import EffectApproximator
+    from saets.config import Experiment, load_experiment
+    from saets.errors import InputError
+    from saets.explore import Run
+    from saets.goal import Goal, load_goal
+    from saets.model import load_model
+    from saets.rollout import RolloutEngine
+    from saets.sae import load_sae
+    from saets.vector import SteeringVector
+
+__all__ = [
+    "EffectApproximator",
+    "Experiment",
+    "Goal",
+    "InputError",
+    "RolloutEngine",
+    "Run",
+    "SteeringVector",
+    "load_experiment",
+    "load_goal",
+    "load_model",
+    "load_sae",
+]
+
+_HOMES = {
+    "EffectApproximator": "approximator",
+    "Experiment": "config",
+    "Goal": "goal",
+    "InputError": "errors",
+    "RolloutEngine": "rollout",
+    "Run": "explore",
+    "SteeringVector": "vector",
+    "load_experiment": "config",
+    "load_goal": "goal",
+    "load_model": "model",
+    "load_sae": "sae",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `saets --help` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'saets' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"saets.{_HOMES[name]}"), name)

@@ -1,0 +1,156 @@
+"""The linear map from unit steering vectors to feature effects: y ~ x M + b (paper, section 4).
+
+Ridge regression with an unpenalised b, from sums that one pass over the rows collects and that add up over workers. One
+eigendecomposition of the centred Gram matrix gives every penalty, and the held-out error of every penalty (method, section 2).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saets.errors import InputError
+
+
+@dataclass(frozen=True)
+class EffectApproximator:
+    """Predicts the effect of any unit vector on every feature."""
+
+    M: Float[Tensor, "d_model d_sae"]
+    b: Float[Tensor, " d_sae"]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def predict(self, directions: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """Predicted effects of vectors, which are normalised to unit length first (paper, section 4)."""
+        return torch.nn.functional.normalize(directions.float(), dim=-1) @ self.M + self.b
+
+    def save(self, path: Path) -> None:
+        """Write M, b and the provenance as safetensors, whole."""
+        temporary = path.with_name(f".{path.name}.part")
+        save_file(
+            {"M": self.M.contiguous(), "b": self.b.contiguous()},
+            temporary,
+            metadata={"format": "saets-approximator", "provenance": json.dumps(self.provenance, sort_keys=True)},
+        )
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EffectApproximator:
+        """Read a file written by `save`.
+
+        Raises:
+            InputError: missing or damaged file, wrong keys or shapes.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"no approximator at {path}; run `saets fit` first")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                provenance = json.loads((file.metadata() or {}).get("provenance", "{}"))
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a safetensors file: {error}") from error
+        if set(tensors) != {"M", "b"} or tensors["M"].shape[1:] != tensors["b"].shape:
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise InputError(f"{path} holds {shapes}; expected M [d_model, d_sae] and b [d_sae]")
+        return cls(tensors["M"], tensors["b"], provenance)
+
+
+class Moments:
+    """Sums over rows that determine the fit: N, X'1, Y'1, X'X, X'Y and ||Y||^2, in float64.
+
+    Adding up the tensors of two `Moments` gives the moments of both sets of rows, so workers need only an all-reduce.
+    """
+
+    def __init__(self, d_model: int, d_sae: int, device: torch.device | str = "cpu") -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.n, self.x, self.y = zeros(1), zeros(d_model), zeros(d_sae)
+        self.xx, self.xy, self.yy = zeros(d_model, d_model), zeros(d_model, d_sae), zeros(1)
+
+    def tensors(self) -> list[Tensor]:
+        """The sums themselves, to be added up in place."""
+        return [self.n, self.x, self.y, self.xx, self.xy, self.yy]
+
+    def add(self, vectors: Float[Tensor, "rows d_model"], effects: Float[Tensor, "rows d_sae"]) -> None:
+        """Take rows; vectors are normalised to unit length (paper, section 4).
+
+        Raises:
+            InputError: NaN or infinity in the rows.
+        """
+        x = torch.nn.functional.normalize(vectors.double(), dim=-1)
+        y = effects.double()
+        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+            raise InputError("effects to fit hold NaN or infinity; measure those rows again")
+        self.n += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += y.square().sum()
+
+    def __add__(self, other: Moments) -> Moments:
+        total = Moments(*self.xy.shape, device=self.xy.device)
+        for mine, a, b in zip(total.tensors(), self.tensors(), other.tensors(), strict=True):
+            mine += a + b
+        return total
+
+    def centred(self, x_mean: Tensor, y_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gram [d, d], cross [d, n] and squared length of Y of these rows about the given means."""
+        gram = self.xx - torch.outer(self.x, x_mean) - torch.outer(x_mean, self.x) + self.n * torch.outer(x_mean, x_mean)
+        cross = self.xy - torch.outer(self.x, y_mean) - torch.outer(x_mean, self.y) + self.n * torch.outer(x_mean, y_mean)
+        energy = self.yy - 2 * self.y @ y_mean + self.n * y_mean @ y_mean
+        return gram, cross, energy
+
+
+class RidgePath:
+    """All penalties of one training set, from one eigendecomposition."""
+
+    def __init__(self, train: Moments) -> None:
+        if train.n.item() < 2:
+            raise InputError(f"{int(train.n.item())} rows to fit; at least 2 are needed: measure more vectors")
+        self.x_mean, self.y_mean = train.x / train.n, train.y / train.n
+        gram, cross, _ = train.centred(self.x_mean, self.y_mean)
+        self.eigenvalues, self._basis = torch.linalg.eigh(gram)
+        self.eigenvalues = self.eigenvalues.clamp(min=0)
+        self._projected = self._basis.T @ cross
+        self.unit = self.eigenvalues.mean()
+        """A penalty of 1 is this much."""
+
+    def _weights(self, penalty: float) -> Tensor:
+        total = self.eigenvalues + penalty * self.unit
+        return torch.where(total > 1e-12 * self.eigenvalues.max(), 1 / total.clamp(min=1e-300), 0)
+
+    def fit(self, penalty: float, **provenance: Any) -> EffectApproximator:
+        """The approximator at one penalty; 0 is the least-squares solution of least norm."""
+        M = self._basis @ (self._weights(penalty)[:, None] * self._projected)
+        b = self.y_mean - self.x_mean @ M
+        return EffectApproximator(M.float(), b.float(), provenance)
+
+    def held_out_errors(self, held_out: Moments, penalties: Iterable[float]) -> list[float]:
+        """Squared error over the held-out rows and all features at each penalty, O(d^2) each."""
+        gram, cross, energy = held_out.centred(self.x_mean, self.y_mean)
+        a = (self._projected * (self._basis.T @ cross)).sum(1)
+        curvature = (self._basis.T @ gram @ self._basis) * (self._projected @ self._projected.T)
+        errors = []
+        for penalty in penalties:
+            w = self._weights(penalty)
+            errors.append((energy - 2 * w @ a + w @ curvature @ w).item())
+        return errors
+
+
+def choose_penalty(train: Moments, held_out: Moments, penalties: Sequence[float]) -> tuple[float, dict[str, float]]:
+    """The penalty of least held-out error, and the mean squared error of each penalty by its text."""
+    errors = RidgePath(train).held_out_errors(held_out, penalties)
+    entries = held_out.n.item() * held_out.y.numel()
+    best = min(range(len(penalties)), key=errors.__getitem__)
+    return penalties[best], {f"{p:.6g}": e / entries for p, e in zip(penalties, errors, strict=True)}

@@ -1,0 +1,73 @@
+"""What can be found wrong with an experiment before any weights are read."""
+
+from __future__ import annotations
+
+from saets.calibration import DATASET
+from saets.config import Experiment, packaged
+from saets.errors import InputError
+from saets.goal import Goal, goal_features, load_goal
+from saets.judge.choice import check_judge
+from saets.methods import needs
+from saets.model import blocks_below, model_shape, resolve_device
+from saets.sae import check_sae, sae_width
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Model, hook, SAE and calibration text exist and fit each other.
+
+    Raises:
+        InputError: the first thing found wrong.
+    """
+    below = blocks_below(experiment.hook_name)
+    resolve_device(experiment.model.device)
+    d_model, n_layers, d_vocab = model_shape(experiment.model)
+    layer = int(experiment.hook_name.split(".")[1])
+    if layer >= n_layers:
+        raise InputError(f"hook_name {experiment.hook_name!r}: the model has blocks 0 to {n_layers - 1}")
+    if below == 0:
+        raise InputError(
+            f"hook_name {experiment.hook_name!r} lies before the first block; expected hook_resid_post or a later block"
+        )
+    check_sae(experiment.sae, d_model)
+    for key, top_k in (("effects", experiment.effects.top_k), ("evaluation", experiment.evaluation.top_k)):
+        if top_k > d_vocab:
+            raise InputError(f"{key}.top_k is {top_k}; the vocabulary has {d_vocab} tokens")
+    text = experiment.effects.calibration_text
+    if not text.startswith(DATASET) and not packaged(text).is_file():
+        raise InputError(f"effects.calibration_text: no such file: {packaged(text)}")
+
+
+def check_goals(experiment: Experiment) -> list[Goal]:
+    """The experiment's goals, each with what its methods need.
+
+    Raises:
+        InputError: no or unknown goals, no features for a method that needs them, feature ids outside the SAE.
+    """
+    if not experiment.steering.goals:
+        raise InputError("steering.goals is empty; name at least one, e.g. --set 'steering.goals=[\"london\"]'")
+    goals = [load_goal(name) for name in experiment.steering.goals]
+    names = [goal.id for goal in goals]
+    if len(set(names)) < len(names):
+        raise InputError(f"steering.goals names a goal twice: {', '.join(names)}")
+    unknown_goals = set(experiment.steering.features) - set(names)
+    if unknown_goals:
+        raise InputError(
+            f"steering.features names {sorted(unknown_goals)[0]!r}, which is not among steering.goals ({', '.join(names)})"
+        )
+    if any(needs(method, ingredient) for method in experiment.steering.methods for ingredient in ("target", "decoder_target")):
+        width = sae_width(experiment.sae)
+        for goal in goals:
+            features = goal_features(goal, experiment)
+            for feature, _ in (*features.target, *(features.sae or ())):
+                if feature < 0 or (width is not None and feature >= width):
+                    raise InputError(f"goal {goal.id!r} names feature {feature}; the SAE has features 0 to {(width or 0) - 1}")
+    return goals
+
+
+def check_all(experiment: Experiment, *, judged: bool = True) -> list[Goal]:
+    """Everything a whole run needs; returns the goals."""
+    check_experiment(experiment)
+    goals = check_goals(experiment)
+    if judged:
+        check_judge(experiment.judge)
+    return goals

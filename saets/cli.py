@@ -1,0 +1,353 @@
+"""The command line: words to one stage. Logging, `.env` and progress are set up here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from saets.config import Experiment, load_experiment, preset_names
+from saets.errors import InputError
+from saets.progress import Advance
+
+if TYPE_CHECKING:
+    from saets.explore import Run
+    from saets.stages.session import Session
+    from saets.vector import SteeringVector
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class TerminalProgress:
+    """A bar with rate and time left for each stage; nothing at all where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description:<26}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=errors,
+            disable=not errors.is_terminal,
+        )
+
+    def __enter__(self) -> TerminalProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int, done: int, unit: str) -> Iterator[Advance]:
+        """One bar; the rate counts only what is done now."""
+        bar = self._bars.add_task(title, total=total, completed=done, unit=unit, rate="")
+        started, count = time.monotonic(), 0
+
+        def advance(n: int) -> None:
+            nonlocal count
+            count += n
+            rate = count / max(time.monotonic() - started, 1e-9)
+            self._bars.update(bar, advance=n, rate=f"{rate:.2f}/s")
+
+        yield advance
+        self._bars.stop_task(bar)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 where something given cannot be used, or 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if not options.verbose:
+        warnings.filterwarnings("ignore")
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+    _read_env()
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except InputError as error:
+        errors.print(f"saets: {' '.join(str(error).split())}", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("saets: stopped; run the same command again to go on from here", markup=False)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="saets", description="Steer language models by targeting the features of an SAE.")
+    parser.add_argument("--verbose", action="store_true", help="show what Ray and the libraries say")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=command)
+        if name != "presets":
+            added.add_argument("experiment", help="a preset name, a TOML file, or a run folder")
+            added.add_argument("--out", type=Path, help="run folder; by default the run folder itself, else runs/NAME")
+            added.add_argument(
+                "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="change one setting"
+            )
+        return added
+
+    add("presets", _presets, "list the experiments that come with the package")
+    run = add("run", _run, "every stage, skipping what is done")
+    run.add_argument("--measure", action="store_true", help="fit only effects measured here, not those that come with the preset")
+    effects = add("effects", _effects, "measure what each vector does to every feature")
+    effects.add_argument("--retry-failed", action="store_true", help="try vectors again that could not be measured")
+    add("fit", _fit, "fit the linear map from vectors to effects")
+    add("vectors", _vectors, "build the vector of every goal and method")
+    add("generate", _generate, "write steered text")
+    add("grade", _grade, "grade the text that is there")
+    add("evaluate", _evaluate, "write and grade steered text, both at once")
+    add("plot", _plot, "draw the plots of what is graded")
+    steer = _add_vector_choice(add("steer", _steer, "show unsteered and steered text side by side"))
+    steer.add_argument("--scale", type=float, action="append", required=True, help="L2 length to add; may be given several times")
+    steer.add_argument("--prompt", default="I think")
+    steer.add_argument("--samples", type=int, default=3)
+    steer.add_argument("--seed", type=int, default=0)
+    forecast = _add_vector_choice(add("forecast", _forecast, "predict a vector's effects before generating anything"))
+    forecast.add_argument("--top", type=int, default=15)
+    return parser
+
+
+def _add_vector_choice(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--vector", type=Path, help="a vector file")
+    parser.add_argument("--goal", help="with --method: a vector of the run")
+    parser.add_argument("--method", help="with --goal")
+    parser.add_argument("--feature", action="append", default=[], metavar="ID:WEIGHT", help="SAE-TS for chosen features")
+    return parser
+
+
+def _presets(options: argparse.Namespace) -> None:
+    table = Table("preset", "model", "SAE", "what it is", box=None, pad_edge=False)
+    for name in preset_names():
+        experiment = load_experiment(name)
+        sae = experiment.sae.id or experiment.sae.path or f"random, {experiment.sae.d_sae} features"
+        table.add_row(*(escape(text) for text in (name, experiment.model.name, sae, experiment.description)))
+    console.print(table)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from saets.pipeline import run_all
+
+    with _session(options, measure=options.measure) as session:
+        run_all(session)
+        _show_outcome(session)
+
+
+def _effects(options: argparse.Namespace) -> None:
+    from saets.checks import check_experiment
+    from saets.stages.effects import measure_effects
+
+    with _session(options) as session:
+        check_experiment(session.experiment)
+        measure_effects(session, retry_failed=options.retry_failed)
+        _show_path("effects", session.run.effects.folder)
+
+
+def _fit(options: argparse.Namespace) -> None:
+    from saets.stages.fit import fit_approximator
+
+    with _session(options) as session:
+        fit_approximator(session)
+        _show_fit(session)
+
+
+def _vectors(options: argparse.Namespace) -> None:
+    from saets.checks import check_all
+    from saets.stages.vectors import build_vectors
+
+    with _session(options) as session:
+        check_all(session.experiment, judged=False)
+        build_vectors(session)
+        _show_path("vectors", session.run.path / "vectors")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    _texts(options, generate=True, grade=False)
+
+
+def _grade(options: argparse.Namespace) -> None:
+    _texts(options, generate=False, grade=True)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _texts(options, generate=True, grade=True)
+
+
+def _texts(options: argparse.Namespace, *, generate: bool, grade: bool) -> None:
+    from saets.checks import check_all
+    from saets.stages.evaluate import evaluate
+    from saets.stages.results import write_results
+    from saets.stages.vectors import build_vectors, read_vectors
+
+    with _session(options) as session:
+        check_all(session.experiment, judged=grade)
+        vectors = build_vectors(session) if generate else read_vectors(session)
+        evaluate(session, vectors, generate=generate, grade=grade)
+        if grade:
+            write_results(session)
+            _show_outcome(session)
+        else:
+            _show_path("completions", session.run.generations.folder)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from saets.stages.results import write_plots
+
+    with _session(options) as session:
+        write_plots(session)
+        _show_path("plots", session.run.path / "plots")
+
+
+def _steer(options: argparse.Namespace) -> None:
+    run = _opened(options)
+    vector = _chosen_vector(run, options)
+    choice = {"samples": options.samples, "seed": options.seed, "new_tokens": run.experiment.evaluation.new_tokens}
+    columns = [("unsteered", run.complete(options.prompt, **choice))]
+    columns += [(f"scale {scale:g}", run.complete(options.prompt, vector, scale=scale, **choice)) for scale in options.scale]
+    table = Table(*(name for name, _ in columns), show_lines=True)
+    for texts in zip(*(texts for _, texts in columns), strict=True):
+        table.add_row(*(escape(options.prompt + text) for text in texts))
+    console.print(table)
+
+
+def _forecast(options: argparse.Namespace) -> None:
+    run = _opened(options)
+    chosen = [feature for feature, _ in map(_feature, options.feature)]
+    table = Table("feature", "predicted effect", box=None, pad_edge=False)
+    for feature, predicted in run.forecast(_chosen_vector(run, options), top=options.top, features=chosen).iter_rows():
+        table.add_row(str(feature), f"{predicted:+.4f}")
+    console.print(table)
+
+
+def _chosen_vector(run: Run, options: argparse.Namespace) -> SteeringVector:
+    from saets.vector import SteeringVector
+
+    given = [name for name in ("vector", "goal", "feature") if getattr(options, name)]
+    if len(given) != 1 or bool(options.goal) != bool(options.method):
+        raise InputError("choose one vector: --vector FILE, or --goal GOAL --method METHOD, or --feature ID:WEIGHT (repeatable)")
+    if options.vector:
+        return SteeringVector.load(options.vector)
+    if options.goal:
+        return run.vector(options.goal, options.method)
+    return run.target(dict(map(_feature, options.feature)), bias_weight=run.experiment.steering.bias_weight)
+
+
+def _feature(text: str) -> tuple[int, float]:
+    number, _, weight = text.partition(":")
+    try:
+        return int(number), float(weight or 1)
+    except ValueError as error:
+        raise InputError(f"--feature {text!r}: expected ID:WEIGHT, e.g. --feature 123:0.5") from error
+
+
+@contextlib.contextmanager
+def _session(options: argparse.Namespace, *, measure: bool = False) -> Iterator[Session]:
+    from saets.checks import check_experiment
+    from saets.stages.session import Session
+
+    experiment, out = _experiment(options)
+    check_experiment(experiment)
+    with (
+        TerminalProgress() as progress,
+        Session.open(experiment, out, progress, measure=measure, verbose=options.verbose) as session,
+    ):
+        yield session
+
+
+def _opened(options: argparse.Namespace) -> Run:
+    from saets.checks import check_experiment
+    from saets.explore import Run
+
+    experiment, out = _experiment(options)
+    check_experiment(experiment)
+    return Run(out, experiment)
+
+
+def _experiment(options: argparse.Namespace) -> tuple[Experiment, Path]:
+    experiment = load_experiment(options.experiment, options.overrides)
+    given = Path(options.experiment)
+    return experiment, options.out or (given if given.is_dir() else Path("runs") / experiment.name)
+
+
+def _show_outcome(session: Session) -> None:
+    from saets import plots
+    from saets.stages.results import read_outcome, samples
+
+    names = plots.display_names()
+    outcome = read_outcome(session)
+    table = Table(
+        "goal", "method", "score", "95% interval", "scale", "behaviour x coherence, best scale", box=None, pad_edge=False
+    )
+    for row in outcome.summary.iter_rows(named=True):
+        table.add_row(
+            escape(row["goal"]),
+            names.get(row["method"], row["method"]),
+            _number(row["held_out"]),
+            f"{_number(row['held_out_low'])} to {_number(row['held_out_high'])}",
+            _number(row["scale"], ".0f"),
+            _number(row["optimistic_max"]),
+        )
+    console.print("\nScore: mean behaviour x mean coherence, scale chosen on one half of the samples and scored on the other.")
+    console.print(table)
+    failed = int(outcome.texts["failed"].sum())
+    if failed:
+        console.print(f"{failed} of {len(outcome.texts)} texts could not be graded; they count in no score")
+    console.print("\nSamples at each method's best scale:")
+    for goal, method, scale, text in samples(session):
+        console.print(f"  {goal} · {names.get(method, method)} · {scale:g}: {' '.join(text.split())}", markup=False)
+    console.print()
+    _show_fit(session)
+    for what in ("results.parquet", "results.md", "vectors", "plots"):
+        if (session.run.path / what).exists():
+            _show_path(what, session.run.path / what)
+
+
+def _show_fit(session: Session) -> None:
+    import json
+
+    report = json.loads((session.run.path / "fit.json").read_text(encoding="utf-8"))
+    held_out = report["held_out"]
+    console.print(
+        f"approximator: {report['rows_train'] + report['rows_held_out']} rows ({report['rows_own']} measured here, "
+        f"{report['rows_shipped']} shipped), held-out R2 {held_out['r2']:.3f}, cosine {held_out['cosine']:.3f}"
+    )
+    _show_path("approximator", session.run.approximator)
+
+
+def _show_path(what: str, path: Path) -> None:
+    console.print(f"{what}: {path}", markup=False)
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _read_env() -> None:
+    """Take keys from a `.env` file in or above the working folder; what the environment has already wins."""
+    from dotenv import find_dotenv, load_dotenv
+
+    load_dotenv(find_dotenv(usecwd=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

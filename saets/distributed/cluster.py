@@ -1,0 +1,96 @@
+"""Joining a Ray cluster, or starting a quiet one on this machine, when it is first needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+from saets.config import Execution
+from saets.errors import InputError
+
+SPARE_CPUS = 2
+"""Ray Data and Ray Train need free CPU slots of their own; without them they wait for ever."""
+
+OBJECT_STORE_BYTES = 512 * 2**20
+
+
+class Cluster:
+    """A Ray session: the cluster that RAY_ADDRESS or the enclosing job names, else one on this machine.
+
+    Nothing is started before `connect`. A session that exists already is used and left running.
+    """
+
+    def __init__(self, execution: Execution, *, verbose: bool = False) -> None:
+        self.execution, self.verbose = execution, verbose
+        self._started = False
+
+    def connect(self) -> None:
+        """Be connected; asking again does nothing.
+
+        Raises:
+            InputError: an actor needs more GPUs or CPUs than any node has.
+        """
+        if not ray.is_initialized():
+            self._start()
+        check_resources(self.execution)
+
+    def _start(self) -> None:
+        level = logging.INFO if self.verbose else logging.ERROR
+        if "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ:
+            ray.init(log_to_driver=self.verbose, logging_level=level)
+        else:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            ray.init(
+                address="local",
+                num_cpus=max(4, os.cpu_count() or 1) + SPARE_CPUS,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=self.verbose,
+                logging_level=level,
+            )
+        self._started = True
+        for name in ("ray", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(level)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._started:
+            ray.shutdown()
+
+
+def check_resources(execution: Execution) -> None:
+    """Raise `InputError` where no node could ever hold one actor; Ray itself would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for kind, asked in (("GPU", execution.gpus_per_actor), ("CPU", execution.cpus_per_actor)):
+        largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+        if asked > largest:
+            setting = f"execution.{kind.lower()}s_per_actor"
+            raise InputError(
+                f"{setting} is {asked:g}, but the largest of {len(nodes)} nodes has {largest:g} {kind}s; "
+                f"lower it (--set {setting}={0 if kind == 'GPU' else 1}) or use another cluster"
+            )
+
+
+def actor_count(execution: Execution, batches: int) -> int:
+    """How many actors to start: the setting, but never more than there is work for."""
+    return min(execution.actors, batches)
+
+
+def input_error(error: BaseException) -> InputError | None:
+    """The `InputError` inside an error that Ray wrapped, however deep, or None."""
+    seen: set[int] = set()
+    inner: BaseException | None = error
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        if isinstance(inner, InputError):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__ or inner.__context__
+    for line in reversed(str(error).splitlines()):
+        before, found, message = line.partition("InputError: ")
+        if found and before.strip() in ("", "saets.errors."):
+            return InputError(message)
+    return None

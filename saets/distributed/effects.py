@@ -1,0 +1,148 @@
+"""Stage 1 on Ray: actors with a model and an SAE each stream measurements through a Ray Dataset to the driver.
+
+One block is one batch is one actor task, so n actors need n slots and no read or write tasks compete with them; the driver
+pulls finished blocks, which bounds memory, and is the only writer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from saets.calibration import Calibration
+from saets.config import Experiment
+from saets.distributed.cluster import Cluster, actor_count, input_error
+from saets.effects import EffectWorker, Failure, Measurement, describe_engine, vectors_per_batch
+from saets.records import VectorItem
+
+NO_PROGRESS_SECONDS = 1800
+"""A run that produces nothing for this long ends instead of waiting for ever."""
+
+
+class EffectActor:
+    """An `EffectWorker` that speaks Arrow."""
+
+    def __init__(self, experiment: str) -> None:
+        parsed = Experiment.model_validate_json(experiment)
+        if parsed.execution.gpus_per_actor == 0:
+            torch.set_num_threads(max(1, int(parsed.execution.cpus_per_actor)))
+        self.worker = EffectWorker(parsed)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        items = _items(batch)
+        results = self.worker.measure(items)
+        d_sae = self.worker.sae.cfg.d_sae
+        shape = json.dumps(describe_engine(self.worker), sort_keys=True)
+        means = [result.mean if isinstance(result, Measurement) else np.zeros(d_sae, np.float32) for result in results]
+        facts = [{**_facts(result), "shape": shape} for result in results]
+        table = pa.Table.from_pylist(facts, schema=_FACTS)
+        for name in ("vector_id", "source", "index", "vector"):
+            table = table.append_column(name, batch.column(name))
+        return table.append_column("mean", pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(means)))
+
+
+def measure(
+    items: Sequence[VectorItem], experiment: Experiment, cluster: Cluster
+) -> Iterator[tuple[list[Measurement | Failure], dict[str, Any]]]:
+    """Results as batches finish, in any order, each with the execution shape of the worker that made it.
+
+    Raises:
+        InputError: what a worker found wrong with the experiment when it loaded.
+    """
+    cluster.connect()
+    size = vectors_per_batch(experiment)
+    table = _table(items)
+    blocks = [table.slice(start, size) for start in range(0, len(items), size)]
+    execution = experiment.execution
+    dataset = ray.data.from_arrow(blocks)
+    dataset.context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    dataset.context.enable_progress_bars = False
+    gpus = execution.gpus_per_actor or None
+    results = dataset.map_batches(
+        EffectActor,
+        fn_constructor_args=(experiment.model_dump_json(),),
+        batch_format="pyarrow",
+        batch_size=size,
+        compute=ray.data.ActorPoolStrategy(size=actor_count(execution, len(blocks)), max_tasks_in_flight_per_actor=1),
+        num_gpus=gpus,
+        num_cpus=None if gpus else execution.cpus_per_actor,
+    )
+    try:
+        block: Any
+        for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            if block.num_rows:
+                yield _results(block), json.loads(block.column("shape")[0].as_py())
+    except ray.exceptions.RayError as error:
+        raise input_error(error) or error from error
+
+
+_FACTS = pa.schema(
+    [
+        ("error_variance", pa.float64()),
+        ("scale", pa.float64()),
+        ("loss", pa.float64()),
+        ("outcome", pa.string()),
+        ("unsteered_loss", pa.float64()),
+        ("n_rollouts", pa.int64()),
+        ("n_tokens", pa.int64()),
+        ("failure", pa.string()),
+        ("shape", pa.string()),
+    ]
+)
+
+
+def _facts(result: Measurement | Failure) -> dict[str, Any]:
+    if isinstance(result, Failure):
+        return {"failure": result.reason}
+    return {
+        "error_variance": result.error_variance,
+        **result.calibration._asdict(),
+        "unsteered_loss": result.unsteered_loss,
+        "n_rollouts": result.n_rollouts,
+        "n_tokens": result.n_tokens,
+    }
+
+
+def _table(items: Sequence[VectorItem]) -> pa.Table:
+    return pa.table(
+        {
+            "vector_id": [item.vector_id for item in items],
+            "source": [item.source for item in items],
+            "index": pa.array([item.index for item in items], pa.int64()),
+            "vector": pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([item.direction for item in items])),
+        }
+    )
+
+
+def _items(table: pa.Table) -> list[VectorItem]:
+    vectors = table.column("vector").combine_chunks().to_numpy_ndarray()
+    names = ("vector_id", "source", "index")
+    rows = table.select(names).to_pylist()
+    return [VectorItem(**row, direction=np.array(vector)) for row, vector in zip(rows, vectors, strict=True)]
+
+
+def _results(block: pa.Table) -> list[Measurement | Failure]:
+    means = block.column("mean").combine_chunks().to_numpy_ndarray()
+    results: list[Measurement | Failure] = []
+    for item, mean, row in zip(_items(block), means, block.select(_FACTS.names).to_pylist(), strict=True):
+        if row["failure"] is not None:
+            results.append(Failure(item, row["failure"]))
+            continue
+        results.append(
+            Measurement(
+                item=item,
+                mean=np.array(mean),
+                error_variance=row["error_variance"],
+                calibration=Calibration(row["scale"], row["loss"], row["outcome"]),
+                unsteered_loss=row["unsteered_loss"],
+                n_rollouts=row["n_rollouts"],
+                n_tokens=row["n_tokens"],
+            )
+        )
+    return results

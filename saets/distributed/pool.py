@@ -1,0 +1,138 @@
+"""Stage 3 on Ray: a pool of actors that keep their weights, called from asyncio on the driver.
+
+Whichever actor is free takes the next call, so batches of steered text, contrast texts and local grading share the pool, and
+API grading goes on meanwhile. A call whose process died is tried again on the restarted actor a bounded number of times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from saets.config import Experiment
+from saets.distributed.cluster import Cluster, actor_count, input_error
+from saets.generation import SteeringWorker
+from saets.goal import Goal
+from saets.judge.local import LocalJudge
+from saets.records import Generation, GenerationItem, Grade
+
+Result = TypeVar("Result")
+Call = Callable[..., Awaitable[Any]]
+"""`await call(method, *arguments)` runs a method of `SteeringActor` on the next free actor."""
+
+TASK_RETRIES = 2
+
+
+class SteeringActor:
+    """A `SteeringWorker`, and on demand a local judge that shares its model."""
+
+    def __init__(self, experiment: str) -> None:
+        self.experiment = Experiment.model_validate_json(experiment)
+        if self.experiment.execution.gpus_per_actor == 0:
+            torch.set_num_threads(max(1, int(self.experiment.execution.cpus_per_actor)))
+        self.worker = SteeringWorker(self.experiment)
+        self._judge: LocalJudge | None = None
+
+    def generate(self, items: Sequence[GenerationItem], directions: Mapping[str, NDArray[np.float32]]) -> list[Generation]:
+        return self.worker.generate(items, directions)
+
+    def contrast(self, goal: Goal) -> dict[str, NDArray[np.float32]]:
+        return self.worker.contrast(goal)
+
+    def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
+        if self._judge is None:
+            evaluation = self.experiment.evaluation
+            self._judge = LocalJudge(
+                self.worker.model,
+                self.experiment.judge.embedder,
+                prompts=evaluation.prompts,
+                new_tokens=evaluation.new_tokens,
+                top_k=evaluation.top_k,
+                temperature=evaluation.temperature,
+                seed=self.experiment.seed,
+            )
+        return self._judge.grade(goal, texts)
+
+
+class SteeringPool:
+    """Actors of one experiment, started when first needed and kept until the cluster is left."""
+
+    def __init__(self, experiment: Experiment, cluster: Cluster) -> None:
+        self.experiment, self.cluster = experiment, cluster
+        self._actors: list[Any] = []
+
+    def run(self, main: Callable[[Call], Awaitable[Result]], *, calls: int) -> Result:
+        """Run a coroutine that is given `call`: the result of one method call on the next free actor.
+
+        `calls` is how many there will be; no more actors than that are started, and no more than the experiment says.
+
+        Raises:
+            InputError: what a worker found wrong when it loaded or ran.
+            ray.exceptions.RayError: a call failed for good.
+        """
+        self._start(calls)
+
+        async def session() -> Result:
+            free: asyncio.Queue[Any] = asyncio.Queue()
+            for actor in self._actors:
+                free.put_nowait(actor)
+
+            async def call(method: str, *arguments: Any) -> Any:
+                actor = await free.get()
+                try:
+                    return await getattr(actor, method).remote(*arguments)
+                finally:
+                    free.put_nowait(actor)
+
+            return await main(call)
+
+        try:
+            return asyncio.run(session())
+        except BaseExceptionGroup as group:
+            first = _first(group)
+            raise input_error(first) or first from group
+        except ray.exceptions.RayError as error:
+            raise input_error(error) or error from error
+
+    def share(self, value: Any) -> Any:
+        """A reference through which all actors read a value that is sent once."""
+        self.cluster.connect()
+        return ray.put(value)
+
+    def _start(self, calls: int) -> None:
+        self.cluster.connect()
+        execution = self.experiment.execution
+        options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TASK_RETRIES, "scheduling_strategy": "SPREAD"}
+        if execution.gpus_per_actor:
+            options |= {"num_gpus": execution.gpus_per_actor}
+        else:
+            options |= {"num_cpus": execution.cpus_per_actor}
+        actor = ray.remote(**options)(SteeringActor)
+        settings = self.experiment.model_dump_json()
+        while len(self._actors) < actor_count(execution, calls):
+            self._actors.append(actor.remote(settings))
+
+
+class PooledJudge:
+    """The local judge, run on the pool's actors."""
+
+    def __init__(self, call: Call, name: str) -> None:
+        self._call, self.name = call, name
+
+    async def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
+        """Two grades a text, in order."""
+        grades: list[Grade] = await self._call("grade", goal, list(texts))
+        return grades
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

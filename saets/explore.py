@@ -1,0 +1,98 @@
+"""A finished run to play with, in a notebook or from `saets steer` and `saets forecast`: no Ray, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from saets import methods
+from saets.approximator import EffectApproximator
+from saets.config import Experiment, load_experiment
+from saets.errors import InputError
+from saets.model import encode, load_model
+from saets.rollout import RolloutEngine, Row
+from saets.sampling import row_seed
+from saets.store import RunFolder
+from saets.vector import SteeringVector
+
+
+class Run:
+    """A run folder with its experiment; model and approximator are read when first used."""
+
+    def __init__(self, path: str | Path, experiment: Experiment | None = None) -> None:
+        """Raises `InputError` where the folder holds no experiment."""
+        self.folder = RunFolder(Path(path))
+        self.experiment = experiment or load_experiment(Path(path))
+
+    @cached_property
+    def model(self) -> Any:
+        """The language model as a `TransformerBridge`."""
+        return load_model(self.experiment.model)
+
+    @cached_property
+    def approximator(self) -> EffectApproximator:
+        """The fitted map from vectors to effects."""
+        return EffectApproximator.load(self.folder.approximator)
+
+    def vector(self, goal: str, method: str) -> SteeringVector:
+        """The vector that `saets vectors` wrote for a goal and method."""
+        return SteeringVector.load(self.folder.vector(goal, method))
+
+    def target(self, features: Mapping[int, float], *, bias_weight: float = 1.0) -> SteeringVector:
+        """The SAE-TS vector for chosen features: {feature id: weight}; `bias_weight` is the paper's lambda (equation 3).
+
+        Raises:
+            InputError: no features, ids outside the SAE, weights that are all zero.
+        """
+        d_sae = len(self.approximator.b)
+        target = torch.zeros(d_sae)
+        for feature, weight in features.items():
+            if not 0 <= feature < d_sae:
+                raise InputError(f"no feature {feature}; the SAE has features 0 to {d_sae - 1}")
+            target[feature] = weight
+        if not target.any():
+            raise InputError("give at least one feature with a weight that is not zero")
+        made = methods.sae_ts(target, self.approximator, bias_weight=bias_weight)
+        return SteeringVector.from_tensor(made, self.experiment.hook_name, method="sae_ts", features=dict(features))
+
+    def complete(
+        self,
+        prompt: str,
+        vector: SteeringVector | None = None,
+        *,
+        scale: float = 0.0,
+        samples: int = 3,
+        new_tokens: int = 30,
+        seed: int = 0,
+    ) -> list[str]:
+        """Completions (new text only), steered at every position, BOS included, by `scale` x the vector, or unsteered.
+
+        The same seed gives the same noise at every scale and for every vector.
+
+        Raises:
+            InputError: the vector belongs to another hook or another width of model.
+        """
+        if vector is not None and vector.hook_name != self.experiment.hook_name:
+            raise InputError(f"the vector is for {vector.hook_name}; this run steers at {self.experiment.hook_name}")
+        settings = self.experiment.evaluation
+        engine = RolloutEngine(self.model, self.experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
+        added = torch.zeros(self.model.cfg.d_model) if vector is None else scale * vector.direction
+        start = len(encode(self.model.tokenizer, prompt))
+        rows = [Row(prompt, row_seed(seed, "complete", prompt, sample)) for sample in range(samples)]
+        tokens = engine.run(rows, added.expand(samples, -1), start + new_tokens)
+        return [str(self.model.tokenizer.decode(row[start:], skip_special_tokens=True)) for row in tokens]
+
+    def forecast(self, vector: SteeringVector, *, top: int = 10, features: Sequence[int] = ()) -> pl.DataFrame:
+        """Predicted effects at the calibrated scale: columns `feature, predicted`.
+
+        The given features come first, then the `top` largest by size.
+        """
+        predicted = self.approximator.predict(vector.direction)
+        largest = predicted.abs().argsort(descending=True)[: top + len(features)].tolist()
+        order = list(dict.fromkeys([*features, *largest]))[: top + len(features)]
+        return pl.DataFrame({"feature": order, "predicted": predicted[order].tolist()})

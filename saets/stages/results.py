@@ -1,0 +1,97 @@
+"""Stage 5: the results table and the plots of what has been graded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+
+from saets import plots, results
+from saets.checks import check_goals
+from saets.errors import InputError
+from saets.generation import UNSTEERED
+from saets.stages.evaluate import grade_settings, wanted_generations
+from saets.stages.session import Session
+from saets.store import write_whole
+
+
+class Outcome(NamedTuple):
+    """What a run found."""
+
+    texts: pl.DataFrame
+    """One row a completion with both criteria side by side; see `results.paired`."""
+    summary: pl.DataFrame
+    """One row a goal and method; see `results.summary_table`."""
+
+
+def read_outcome(session: Session) -> Outcome:
+    """The graded completions of this experiment, and their summary.
+
+    Raises:
+        InputError: nothing generated or graded yet; says which command to run.
+    """
+    generations, grades = graded_texts(session)
+    texts = results.paired(generations, grades)
+    return Outcome(texts, results.summary_table(texts, seed=session.experiment.seed))
+
+
+def graded_texts(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Completions and grades of this experiment, without those of goals, scales or judges that it no longer names."""
+    run = session.run
+    generations = run.generations.read()
+    if generations is None:
+        raise InputError(f"{run.path} holds no completions; run `saets generate` first")
+    goals = check_goals(session.experiment)
+    tables = [run.grades(goal.id, grade_settings(session, goal)).read() for goal in goals]
+    frames = [frame for frame in tables if frame is not None]
+    if not frames:
+        raise InputError(f"{run.path} holds no grades of this judge; run `saets grade` first")
+    return wanted_generations(session, generations), pl.concat(frames)
+
+
+def write_results(session: Session) -> None:
+    """Write results.parquet and results.md."""
+    outcome = read_outcome(session)
+    table = results.results_table(outcome.texts, seed=session.experiment.seed)
+    temporary = session.run.path / ".results.parquet.part"
+    table.write_parquet(temporary)
+    temporary.replace(session.run.path / "results.parquet")
+    write_whole(session.run.path / "results.md", results.markdown_table(outcome.summary, plots.display_names()) + "\n")
+
+
+def write_plots(session: Session) -> list[Path]:
+    """Draw every plot for which the run has data, as HTML, SVG and PNG."""
+    outcome = read_outcome(session)
+    folder = session.run.path / "plots"
+    table = results.results_table(outcome.texts, seed=session.experiment.seed)
+    charts = {
+        "product_by_scale": plots.product_by_scale(table),
+        "coherence_behaviour": plots.coherence_behaviour(table),
+        "scores": plots.score_bars(outcome.summary),
+    }
+    effects = session.run.effects.read(["vector_id", "scale", "calibration"])
+    if effects is not None:
+        charts["calibration"] = plots.calibration_histogram(effects)
+    with session.progress.stage("drawing", len(charts), 0, "plots") as advance:
+        written: list[Path] = []
+        for name, chart in charts.items():
+            written += plots.save(chart, folder, name)
+            advance(1)
+    return written
+
+
+def samples(session: Session, *, per_method: int = 1) -> Iterable[tuple[str, str, float, str]]:
+    """(goal, method, scale, prompt and completion) of some texts at each method's chosen scale, beside unsteered ones."""
+    outcome = read_outcome(session)
+    generations, _ = graded_texts(session)
+    for row in outcome.summary.sort("goal", maintain_order=True).iter_rows(named=True):
+        if row["scale"] is None:
+            continue
+        method = UNSTEERED if row["scale"] == 0 else row["method"]
+        chosen = generations.filter(
+            (pl.col("goal") == row["goal"]) & (pl.col("method") == method) & (pl.col("scale") == row["scale"])
+        ).sort("prompt", "sample")
+        for text in chosen.head(per_method).iter_rows(named=True):
+            yield row["goal"], row["method"], row["scale"], text["prompt"] + text["completion"]

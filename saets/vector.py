@@ -1,0 +1,100 @@
+"""A steering vector: a unit direction, where it is added, and where it came from. It travels as one safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saets.errors import InputError, unknown
+
+FORMAT = "saets-vector"
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """A direction of unit length in the residual stream at `hook_name`."""
+
+    direction: Float[Tensor, " d_model"]
+    hook_name: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """How it was made: model, SAE, method, goal, features, versions."""
+
+    def __post_init__(self) -> None:
+        length = self.direction.float().norm().item()
+        if not abs(length - 1) < 1e-3:
+            raise InputError(
+                f"a steering vector has unit length and its strength is the scale; got length {length:.6g}: "
+                "use SteeringVector.from_tensor to normalise"
+            )
+
+    @classmethod
+    def from_tensor(cls, vector: Float[Tensor, " d_model"], hook_name: str, **provenance: Any) -> SteeringVector:
+        """The vector at unit length.
+
+        Raises:
+            InputError: NaN, infinity or length zero.
+        """
+        length = vector.double().norm()
+        if not torch.isfinite(length) or length == 0:
+            raise InputError("a steering vector needs finite numbers that are not all zero")
+        return cls((vector.double() / length).float(), hook_name, provenance)
+
+    def save(self, path: str | Path) -> None:
+        """Write direction and provenance as safetensors, whole."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        header = {"format": FORMAT, "hook_name": self.hook_name, "provenance": json.dumps(self.provenance, sort_keys=True)}
+        save_file({"direction": self.direction.contiguous()}, temporary, metadata=header)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringVector:
+        """Read a file written by `save`.
+
+        Raises:
+            InputError: missing or damaged file, or one of another kind.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"no vector file {path}; `saets vectors` writes the vectors of a run")
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT or "direction" not in file.keys():  # noqa: SIM118 - not a dict
+                    raise InputError(f"{path} is not a saets vector file; expected one written by `saets vectors`")
+                return cls(file.get_tensor("direction"), header["hook_name"], json.loads(header["provenance"]))
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a safetensors file: {error}") from error
+
+    @contextlib.contextmanager
+    def applied(self, model: Any, scale: float) -> Iterator[Any]:
+        """Steer a `TransformerBridge` at every position, BOS included, while the block runs; always unhooks.
+
+        `scale` is the L2 length added to the residual stream.
+
+        Raises:
+            InputError: the model has no such hook or another width.
+        """
+        if self.hook_name not in model.hook_dict:
+            raise unknown("hook name", self.hook_name, (f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)))
+        if len(self.direction) != model.cfg.d_model:
+            raise InputError(
+                f"the vector has {len(self.direction)} numbers, the model's residual stream {model.cfg.d_model}; "
+                "it belongs to another model"
+            )
+
+        def steer(residual: Tensor, hook: Any) -> Tensor:
+            return residual + (scale * self.direction).to(residual)
+
+        with model.hooks(fwd_hooks=[(self.hook_name, steer)]):
+            yield model

@@ -1,0 +1,248 @@
+"""Whole runs on real Ray: a model and an SAE from folders, resumed, extended, killed, and graded over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from saets.approximator import EffectApproximator
+from saets.cli import main
+from saets.config import RandomWeights, load_experiment
+from saets.distributed import effects as distributed_effects
+from saets.distributed.cluster import Cluster
+from saets.effects import Failure, vector_items
+from saets.model import random_llama
+from saets.store import RunFolder
+
+pytestmark = pytest.mark.ray
+
+EXPERIMENT = """
+name = "mine"
+hook_name = "blocks.1.hook_resid_post"
+model = { name = "model" }
+sae = { loader = "folder", path = "sae" }
+[effects]
+prompts = ["", "I think"]
+rollouts = 3
+length = 12
+baseline_blocks = 2
+loss_increase = 0.2
+scale_grid = [0, 2, 4, 8, 16]
+calibration_text = "text.txt"
+calibration_chunks = 4
+calibration_length = 16
+[steering]
+goals = ["london"]
+features.london = [[3, 1.0]]
+[evaluation]
+samples = 4
+new_tokens = 8
+scales = [0, 4]
+[judge]
+kind = "local"
+[execution]
+actors = 2
+rows = 12
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One Ray session for all runs in this file; the commands find it and leave it running."""
+    with Cluster(load_experiment("tiny").execution) as cluster:
+        cluster.connect()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own folder: a transformers model, a SAELens SAE, a calibration text and an experiment that names them."""
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    folder = tmp_path_factory.mktemp("own")
+    weights = random_llama(RandomWeights(d_model=24, n_layers=3, n_heads=3, seed=5), torch.float32)
+    weights.model.save_pretrained(folder / "model")
+    weights.tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    TopKSAE(TopKSAEConfig(d_in=24, d_sae=40, k=6)).save_inference_model(str(folder / "sae"))
+    (folder / "text.txt").write_text("The river runs past the mill and the old bridge into the town.\n" * 10)
+    (folder / "mine.toml").write_text(EXPERIMENT)
+    return folder
+
+
+def run(folder: Path, out: Path, *changes: str, command: str = "run") -> int:
+    sets = [word for change in changes for word in ("--set", change)]
+    return main([command, str(folder / "mine.toml"), "--out", str(out), *sets])
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of that experiment."""
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    assert run(folder, out) == 0
+    return out
+
+
+def contents(out: Path) -> dict[str, int]:
+    """Every file of a run but the manifest and the lock, with its time of writing."""
+    skipped = {".lock", "manifest.json", "experiment.toml"}
+    return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in skipped}
+
+
+def test_any_model_and_sae_folder_runs_to_results_and_plots(finished: Path) -> None:
+    effects = RunFolder(finished).effects.read()
+    assert effects is not None
+    assert len(effects) == 40
+    assert effects["effect"].to_numpy().shape == (40, 40)
+    assert np.allclose(np.linalg.norm(effects["vector"].to_numpy(), axis=1), 1, atol=1e-5)
+    assert set(effects["calibration"]) <= {"ok", "capped"}
+    approximator = EffectApproximator.load(finished / "approximator.safetensors")
+    assert approximator.M.shape == (24, 40)
+    for method in ("caa", "sae", "sae_ts"):
+        direction = load_file(finished / "vectors" / f"london--{method}.safetensors")["direction"]
+        assert direction.norm().item() == pytest.approx(1, abs=1e-5)
+    results = pl.read_parquet(finished / "results.parquet")
+    assert set(results["method"]) == {"caa", "sae", "sae_ts"}
+    assert set(results["scale"]) == {0.0, 4.0}
+    assert {path.suffix for path in (finished / "plots").iterdir()} == {".html", ".svg", ".png"}
+
+
+def test_the_sae_vector_is_the_decoder_row(finished: Path, folder: Path) -> None:
+    decoder = load_file(folder / "sae" / "sae_weights.safetensors")["W_dec"]
+    direction = load_file(finished / "vectors" / "london--sae.safetensors")["direction"]
+    assert torch.allclose(direction, decoder[3] / decoder[3].norm(), atol=1e-5)
+
+
+def test_the_manifest_says_what_made_the_run(finished: Path) -> None:
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert {"torch", "ray", "sae-lens", "transformer-lens"} <= manifest["versions"].keys()
+    assert manifest["effects"]["shape"]["rows_per_step"] == 12
+    assert manifest["effects"]["settings"]["hook_name"] == "blocks.1.hook_resid_post"
+
+
+def test_a_second_run_writes_nothing_but_tables_and_plots(finished: Path, folder: Path) -> None:
+    before = contents(finished)
+    assert run(folder, finished) == 0
+    after = contents(finished)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert all(name.startswith(("plots/", "results.")) for name in changed)
+
+
+def test_a_run_folder_is_its_own_experiment(finished: Path) -> None:
+    assert main(["plot", str(finished)]) == 0
+
+
+def test_another_goal_and_scale_keep_everything_else(finished: Path, folder: Path) -> None:
+    rows = RunFolder(finished).generations.read()
+    changes = ("steering.goals=['london', 'wedding']", "steering.features.wedding=[[4, 1.0]]", "evaluation.scales=[0, 4, 8]")
+    before = contents(finished)
+    assert run(folder, finished, *changes) == 0
+    after = contents(finished)
+    assert {name: after[name] for name in before if name.startswith(("effects", "generations", "approximator", "fit"))} == {
+        name: time for name, time in before.items() if name.startswith(("effects", "generations", "approximator", "fit"))
+    }
+    extended = RunFolder(finished).generations.read()
+    assert rows is not None
+    assert extended is not None
+    kept = extended.filter(pl.col("generation_id").is_in(rows["generation_id"].to_list()))
+    assert kept.equals(rows)
+
+
+def test_other_effect_settings_in_the_same_folder_are_refused(
+    finished: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert run(folder, finished, "effects.rollouts=5") == 2
+    assert "effects.rollouts: 3 -> 5" in capsys.readouterr().err
+
+
+def test_effects_do_not_depend_on_the_number_of_actors_or_on_resuming(finished: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    first = "effects.sources=[{kind='decoder', start=5, stop=12}]"
+    assert run(folder, out, "execution.actors=1", first, command="effects") == 0
+    assert run(folder, out, "execution.actors=1", command="effects") == 0
+    one, two = RunFolder(out).effects.read(), RunFolder(finished).effects.read()
+    assert one is not None
+    assert two is not None
+    for column in ("vector", "effect"):
+        assert np.array_equal(one[column].to_numpy(), two[column].to_numpy())
+    plain = [name for name in one.columns if name not in ("vector", "effect")]
+    assert one.select(plain).equals(two.select(plain))
+
+
+def test_two_ray_train_workers_fit_what_one_process_fits(finished: Path, folder: Path) -> None:
+    alone = EffectApproximator.load(finished / "approximator.safetensors")
+    (finished / "approximator.safetensors").unlink()
+    assert run(folder, finished, "fit.workers=2", command="fit") == 0
+    together = EffectApproximator.load(finished / "approximator.safetensors")
+    assert torch.allclose(alone.M, together.M, atol=1e-5)
+    assert torch.allclose(alone.b, together.b, atol=1e-5)
+
+
+def test_a_vector_whose_activations_are_not_finite_fails_alone(cluster: Cluster, folder: Path) -> None:
+    experiment = load_experiment(folder / "mine.toml", ["effects.fixed_scale=1e38"])
+    items = vector_items(experiment, 24)[:2]
+    results = [result for batch, _ in distributed_effects.measure(items, experiment, cluster) for result in batch]
+    assert len(results) == 2
+    assert all(isinstance(result, Failure) and "not finite" in result.reason for result in results)
+
+
+def test_more_gpus_than_any_node_has_is_said_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, tmp_path / "gpu", "execution.gpus_per_actor=64") == 2
+    assert "execution.gpus_per_actor is 64" in capsys.readouterr().err
+
+
+def test_what_a_worker_finds_wrong_is_one_line(
+    cluster: Cluster, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, tmp_path / "low", "effects.target_loss=0.5", command="effects") == 2
+    line = capsys.readouterr().err.strip()
+    assert "effects.target_loss is 0.5, but the unsteered loss" in line.splitlines()[-1]
+
+
+def test_steering_and_forecasting_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["steer", str(finished), "--goal", "london", "--method", "sae_ts", "--scale", "4", "--samples", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "unsteered" in printed
+    assert "scale 4" in printed
+    assert main(["forecast", str(finished), "--feature", "3:1", "--top", "4"]) == 0
+    assert "predicted effect" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on_where_it_was(finished: Path, folder: Path, tmp_path: Path) -> None:
+    """SIGKILL of the driver while it measures; the same command then ends with the rows of an undisturbed run."""
+    out = tmp_path / "killed"
+    sources = "effects.sources=[{kind='decoder'}, {kind='random', count=400}]"
+    command = [sys.executable, "-m", "saets", "effects", str(folder / "mine.toml"), "--out", str(out), "--set", sources]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not any((out / "effects").glob("*.parquet")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    survived = RunFolder(out).effects.ids()
+    assert 0 < len(survived) < 440
+    assert run(folder, out, sources, command="effects") == 0
+    resumed, undisturbed = RunFolder(out).effects.read(), RunFolder(finished).effects.read()
+    assert resumed is not None
+    assert undisturbed is not None
+    assert len(resumed) == 440
+    decoder = resumed.filter(pl.col("source") == "decoder")
+    assert np.array_equal(decoder["effect"].to_numpy(), undisturbed["effect"].to_numpy())
