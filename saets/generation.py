@@ -15,9 +15,6 @@ from saets.model import blocks_below, check_hook, encode, load_model
 from saets.records import Generation, GenerationItem
 from saets.rollout import RolloutEngine, Row
 
-UNSTEERED = "unsteered"
-"""Method and vector id of the texts at scale 0."""
-
 
 class SteeringWorker:
     """Holds one model, loaded once; completes prompts and reads residual streams. Knows nothing of where it runs."""

@@ -20,8 +20,8 @@ import numpy as np
 import polars as pl
 
 from saets.errors import InputError, unknown
-from saets.records import content_id
-from saets.results import MEASURES, UNSTEERED
+from saets.records import UNSTEERED, content_id
+from saets.results import MEASURES
 
 Plot = alt.Chart | alt.FacetChart
 

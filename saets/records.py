@@ -14,6 +14,9 @@ from saets.errors import InputError
 Criterion = Literal["behaviour", "coherence"]
 CRITERIA: tuple[Criterion, ...] = ("behaviour", "coherence")
 
+UNSTEERED = "unsteered"
+"""Method and vector id of the texts at scale 0."""
+
 
 @dataclass(frozen=True)
 class VectorItem:

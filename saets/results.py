@@ -15,10 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from saets.errors import InputError
-from saets.records import CRITERIA
-
-UNSTEERED = "unsteered"
-"""Method id of the texts at scale 0."""
+from saets.records import CRITERIA, UNSTEERED
 
 RESAMPLES = 1000
 PERCENTILES = (2.5, 97.5)

@@ -2,9 +2,10 @@
 
     python scripts/build_assets.py [--work build/assets] [--only STEP]
 
-Steps: text (the model's own writing and passages from Debian packages), activations, sae (SAELens), effects. Each writes
-its result whole into the work folder and is skipped when that is there, so a stopped build goes on where it was. Passages
-need `apt-get install dict-gcide dict-wn fortunes debian-reference-fr`; only the model's own writing is shipped as text.
+Steps: own (the model's own writing), activations (of it and of passages from Debian packages), sae (SAELens), measure (effects),
+and shipping. Each writes its result whole into the work folder and is skipped when that is there, so a stopped build goes on
+where it was. Passages need `apt-get install dict-gcide dict-wn fortunes debian-reference-fr`; of text only the model's own
+writing is shipped. Between sae and measure a person chooses the goals' features (`[features.smollm2]` in the goal files).
 """
 
 from __future__ import annotations
@@ -22,19 +23,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from saets.config import PRESETS, load_experiment
+from saets.goal import Features, goal_names, load_goal
 from saets.model import encode, load_model
 from saets.rollout import RolloutEngine, Row
 from saets.sampling import row_seed
+from saets.stages.effects import measure_effects
+from saets.stages.session import Session
+from saets.store import RunFolder, write_whole
 
 ASSETS = PRESETS / "smollm2"
 SEED = 7
 CHUNK = 64
 """Tokens of a training chunk, BOS included; the BOS position (whose norm is 150 times the others') is left out."""
 TOKENS = {"own": 170_000, "passages": 260_000}
-SAE = {"d_sae": 4096, "k": 32, "lr": 4e-4, "batch": 2048, "epochs": 2}
+SAE = {"d_sae": 4096, "k": 32, "lr": 1e-3, "batch": 1024, "epochs": 3}
+
+VECTORS = 480
+"""Decoder rows whose effects are shipped."""
+LIVE_DENSITY = 0.0005
+"""A feature that fires less often on held-out tokens is not drawn."""
+PASSAGES = 160
+"""Texts of the shipped calibration text."""
 
 TOPICS = """
 London; the British royal family; the Tower of London; a trip to England; Scotland and Wales; Paris; New York; Tokyo; India;
@@ -154,9 +168,9 @@ def activations(work: Path) -> None:
 
 
 def train_sae(work: Path) -> None:
-    """A BatchTopK SAE by SAELens, saved as SAELens reads it, in float16, with its held-out fit beside it."""
+    """A TopK SAE by SAELens, saved as SAELens reads it, in float16, with its held-out fit beside it."""
     from sae_lens import SAE as LoadedSAE
-    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig, SAETrainer
     from sae_lens.config import SAETrainerConfig
     from safetensors.torch import load_file, save_file
 
@@ -174,7 +188,7 @@ def train_sae(work: Path) -> None:
                     yield train[part].float()
 
     torch.manual_seed(SEED)
-    config = BatchTopKTrainingSAEConfig(
+    config = TopKTrainingSAEConfig(
         d_in=train.shape[1],
         d_sae=SAE["d_sae"],
         k=SAE["k"],
@@ -195,7 +209,7 @@ def train_sae(work: Path) -> None:
             n_checkpoints=0,
             autocast=False,
         ),
-        sae=BatchTopKTrainingSAE(config),
+        sae=TopKTrainingSAE(config),
         data_provider=batches(),
     )
     sae = trainer.fit()
@@ -218,10 +232,56 @@ def train_sae(work: Path) -> None:
     }
     (making / "quality.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(facts, file=sys.stderr)
+    np.save(work / "live.npy", np.flatnonzero(((acts > 0).float().mean(0) > LIVE_DENSITY).numpy()))
     making.rename(work / "sae")
 
 
-STEPS = {"own": (own_writing, "own.jsonl"), "activations": (activations, "activations.npy"), "sae": (train_sae, "sae")}
+def ship_sae(work: Path) -> None:
+    """The SAE and the calibration text into the package."""
+    shutil.copytree(work / "sae", ASSETS / "sae", dirs_exist_ok=True)
+    texts = [" ".join(json.loads(line).split()) for line in (work / "own.jsonl").read_text().splitlines()]
+    long = [text for text in texts if len(text.split()) >= 42 and text.isprintable()]
+    write_whole(PRESETS / "calibration.txt", "\n".join(long[:: len(long) // PASSAGES][:PASSAGES]) + "\n")
+
+
+def measure(work: Path) -> None:
+    """Effects of decoder rows: the goals' features, and live features drawn at random; a run folder, so it resumes."""
+    experiment = load_experiment("smollm2")
+    live = np.load(work / "live.npy")
+    mine = {feature for name in goal_names() for feature, _ in _target(name)}
+    drawn = np.random.default_rng(SEED).permutation(np.setdiff1d(live, sorted(mine)))
+    rows = [*sorted(mine), *drawn[: VECTORS - len(mine)].tolist()]
+    overrides = [f"effects.sources=[{{kind='decoder', rows={rows}}}]"]
+    experiment = load_experiment("smollm2", overrides)
+    with Session.open(experiment, work / "measured", measure=True) as session:
+        measure_effects(session)
+
+
+def ship_effects(work: Path) -> None:
+    """The measured effects as one shard each of rows and baseline, with the manifest that says how they were made."""
+    measured, shipped = RunFolder(work / "measured"), ASSETS / "measured"
+    shutil.rmtree(shipped, ignore_errors=True)
+    for table, name in ((measured.effects, "effects"), (measured.baseline, "effects/baseline")):
+        (shipped / name).mkdir(parents=True)
+        rows = pa.concat_tables([pq.read_table(shard) for shard in table.shards()]).sort_by("vector_id")
+        pq.write_table(rows, shipped / name / "rows.parquet", compression="zstd", compression_level=19, use_dictionary=False)
+    write_whole(shipped / "manifest.json", (measured.path / "manifest.json").read_text())
+
+
+STEPS = {
+    "own": (own_writing, "own.jsonl"),
+    "activations": (activations, "activations.npy"),
+    "sae": (train_sae, "sae"),
+    "ship-sae": (ship_sae, None),
+    "measure": (measure, None),
+    "ship-effects": (ship_effects, None),
+}
+"""Each step and what shows that it is done; those with None are quick or resume by themselves."""
+
+
+def _target(goal: str) -> Features:
+    features = load_goal(goal).features.get("smollm2")
+    return features.target if features else ()
 
 
 def _whole(path: Path) -> _WholeFile:
@@ -271,7 +331,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     for name, (step, result) in STEPS.items():
-        if arguments.only in (None, name) and not (arguments.work / result).exists():
+        if arguments.only in (None, name) and (result is None or not (arguments.work / result).exists()):
             step(arguments.work)
 
 

@@ -14,13 +14,12 @@ import polars as pl
 from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.distributed.pool import Call, PooledJudge
-from saets.generation import UNSTEERED
 from saets.goal import COHERENCE, Goal
 from saets.judge import Judge
 from saets.judge.choice import judge_name
 from saets.judge.openai import OpenAIJudge
 from saets.progress import Advance
-from saets.records import CRITERIA, Generation, GenerationItem, Grade, content_id, vector_id
+from saets.records import CRITERIA, UNSTEERED, Generation, GenerationItem, Grade, content_id, vector_id
 from saets.rows import generation_rows, grade_rows
 from saets.sampling import row_seed
 from saets.stages.session import Session, model_settings

@@ -11,7 +11,7 @@ import polars as pl
 from saets import plots, results
 from saets.checks import check_goals
 from saets.errors import InputError
-from saets.generation import UNSTEERED
+from saets.records import UNSTEERED
 from saets.stages.evaluate import grade_settings, wanted_generations
 from saets.stages.session import Session
 from saets.store import write_whole
@@ -58,7 +58,7 @@ def write_results(session: Session) -> None:
     temporary = session.run.path / ".results.parquet.part"
     table.write_parquet(temporary)
     temporary.replace(session.run.path / "results.parquet")
-    write_whole(session.run.path / "results.md", results.markdown_table(outcome.summary, plots.display_names()) + "\n")
+    write_whole(session.run.path / "results.md", results.markdown_table(outcome.summary, plots.display_names()))
 
 
 def write_plots(session: Session) -> list[Path]:
@@ -71,6 +71,9 @@ def write_plots(session: Session) -> list[Path]:
         "coherence_behaviour": plots.coherence_behaviour(table),
         "scores": plots.score_bars(outcome.summary),
     }
+    for goal in dict.fromkeys(outcome.summary["goal"]):
+        method = session.experiment.steering.methods[-1]
+        charts[f"criteria_{goal}"] = plots.criteria_by_scale(table, goal, method)
     effects = session.run.effects.read(["vector_id", "scale", "calibration"])
     if effects is not None:
         charts["calibration"] = plots.calibration_histogram(effects)
