@@ -65,9 +65,9 @@ def check_goals(experiment: Experiment) -> list[Goal]:
 
 
 def check_all(experiment: Experiment, *, judged: bool = True) -> list[Goal]:
-    """Everything a whole run needs; returns the goals."""
-    check_experiment(experiment)
+    """Everything a whole run needs, what is here before what may be on the hub; returns the goals."""
     goals = check_goals(experiment)
     if judged:
         check_judge(experiment.judge)
+    check_experiment(experiment)
     return goals

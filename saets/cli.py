@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if not options.verbose:
         warnings.filterwarnings("ignore")
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        for name in ("transformers", "huggingface_hub", "sae_lens"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     _read_env()
     command: Callable[[argparse.Namespace], None] = options.command
     try:
@@ -148,17 +149,15 @@ def _presets(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from saets.pipeline import run_all
 
-    with _session(options, measure=options.measure) as session:
+    with _session(options, goals=True, judge=True, measure=options.measure) as session:
         run_all(session)
         _show_outcome(session)
 
 
 def _effects(options: argparse.Namespace) -> None:
-    from saets.checks import check_experiment
     from saets.stages.effects import measure_effects
 
     with _session(options) as session:
-        check_experiment(session.experiment)
         measure_effects(session, retry_failed=options.retry_failed)
         _show_path("effects", session.run.effects.folder)
 
@@ -172,11 +171,9 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _vectors(options: argparse.Namespace) -> None:
-    from saets.checks import check_all
     from saets.stages.vectors import build_vectors
 
-    with _session(options) as session:
-        check_all(session.experiment, judged=False)
+    with _session(options, goals=True) as session:
         build_vectors(session)
         _show_path("vectors", session.run.path / "vectors")
 
@@ -194,13 +191,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _texts(options: argparse.Namespace, *, generate: bool, grade: bool) -> None:
-    from saets.checks import check_all
     from saets.stages.evaluate import evaluate
     from saets.stages.results import write_results
     from saets.stages.vectors import build_vectors, read_vectors
 
-    with _session(options) as session:
-        check_all(session.experiment, judged=grade)
+    with _session(options, goals=True, judge=grade) as session:
         vectors = build_vectors(session) if generate else read_vectors(session)
         evaluate(session, vectors, generate=generate, grade=grade)
         if grade:
@@ -261,12 +256,18 @@ def _feature(text: str) -> tuple[int, float]:
 
 
 @contextlib.contextmanager
-def _session(options: argparse.Namespace, *, measure: bool = False) -> Iterator[Session]:
-    from saets.checks import check_experiment
+def _session(
+    options: argparse.Namespace, *, goals: bool = False, judge: bool = False, measure: bool = False
+) -> Iterator[Session]:
+    """The experiment in its run folder, made only after what the command needs of it has been checked."""
+    from saets.checks import check_all, check_experiment
     from saets.stages.session import Session
 
     experiment, out = _experiment(options)
-    check_experiment(experiment)
+    if goals:
+        check_all(experiment, judged=judge)
+    else:
+        check_experiment(experiment)
     with (
         TerminalProgress() as progress,
         Session.open(experiment, out, progress, measure=measure, verbose=options.verbose) as session,

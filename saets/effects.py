@@ -21,7 +21,7 @@ from torch import Tensor
 from saets.calibration import Calibration, Calibrator
 from saets.config import DecoderRows, Effects, Experiment, RandomVectors
 from saets.errors import InputError
-from saets.model import check_hook, load_model, resolve_device
+from saets.model import check_hook, load_model, weights_hash
 from saets.records import VectorItem, unit, vector_id
 from saets.rollout import RolloutEngine, Row
 from saets.sae import load_sae
@@ -209,14 +209,11 @@ def _error_variance(per_rollout: Float[Tensor, "prompts rollouts d_sae"]) -> flo
     return (per_rollout.flatten(0, 1).var(dim=0) / prompts).mean().item() if prompts > 1 else float("nan")
 
 
-def device_name(experiment: Experiment) -> str:
-    """The kind of device a worker here would use, for the manifest."""
-    return resolve_device(experiment.model.device).type
-
-
-def describe_engine(worker: EffectWorker) -> dict[str, Any]:
-    """The execution shape that decides a text's last bits, for the manifest."""
+def describe(worker: EffectWorker) -> dict[str, Any]:
+    """For the manifest: which weights these are, and the execution shape that decides a text's last bits."""
     return {
+        "model_hash": weights_hash(worker.model.original_model),
+        "sae_hash": weights_hash(worker.sae),
         "rows_per_step": rows_per_step(worker.experiment),
         "dtype": str(worker.engine.dtype).removeprefix("torch."),
         "device": worker.engine.device.type,

@@ -14,7 +14,7 @@ from saets import methods
 from saets.approximator import EffectApproximator
 from saets.config import Experiment, load_experiment
 from saets.errors import InputError
-from saets.model import encode, load_model
+from saets.model import completion_text, encode, load_model
 from saets.rollout import RolloutEngine, Row
 from saets.sampling import row_seed
 from saets.store import RunFolder
@@ -85,7 +85,7 @@ class Run:
         start = len(encode(self.model.tokenizer, prompt))
         rows = [Row(prompt, row_seed(seed, "complete", prompt, sample)) for sample in range(samples)]
         tokens = engine.run(rows, added.expand(samples, -1), start + new_tokens)
-        return [str(self.model.tokenizer.decode(row[start:], skip_special_tokens=True)) for row in tokens]
+        return [completion_text(self.model.tokenizer, row[start:].tolist()) for row in tokens]
 
     def forecast(self, vector: SteeringVector, *, top: int = 10, features: Sequence[int] = ()) -> pl.DataFrame:
         """Predicted effects at the calibrated scale: columns `feature, predicted`.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from saets.config import Experiment
 from saets.goal import Goal
-from saets.model import blocks_below, check_hook, encode, load_model
+from saets.model import blocks_below, check_hook, completion_text, encode, load_model
 from saets.records import Generation, GenerationItem
 from saets.rollout import RolloutEngine, Row
 
@@ -44,7 +44,7 @@ class SteeringWorker:
         )
         ends = [starts[item.prompt] + settings.new_tokens for item in items]
         return [
-            Generation(**asdict(item), completion=self._text(row[starts[item.prompt] : end].tolist()))
+            Generation(**asdict(item), completion=completion_text(tokenizer, row[starts[item.prompt] : end].tolist()))
             for item, row, end in zip(items, tokens, ends, strict=False)
         ]
 
@@ -62,10 +62,3 @@ class SteeringWorker:
         _, cache = self.model.run_with_cache(tokens, names_filter=hook_name, stop_at_layer=blocks_below(hook_name))
         mean: NDArray[np.float32] = cache[hook_name][0].float().mean(0).cpu().numpy()
         return mean
-
-    def _text(self, tokens: list[int]) -> str:
-        """The text up to the first end-of-text token; special tokens are left out."""
-        tokenizer = self.model.tokenizer
-        if tokenizer.eos_token_id in tokens:
-            tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -6,6 +6,7 @@ A new kind of model is one entry in `LOADERS`. Nothing here is downloaded, conve
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import os
@@ -25,6 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from saets.config import Model, RandomWeights
 from saets.errors import InputError, unknown
+
+HASHED_NUMBERS = 4096
+"""Numbers of each tensor that go into `weights_hash`; all of them would take minutes on a large model."""
 
 HOOK_PATTERN = re.compile(r"^blocks\.(\d+)\.hook_resid_(pre|post)$")
 
@@ -118,6 +122,15 @@ def check_hook(model: Any, hook_name: str) -> None:
         raise unknown("hook name", hook_name, (f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)))
 
 
+def weights_hash(module: torch.nn.Module) -> str:
+    """16 hex digits that identify a module's weights: the first numbers of every tensor, at the precision they are held in."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        start = tensor.detach().flatten()[:HASHED_NUMBERS].float().cpu().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + start.tobytes())
+    return digest.hexdigest()
+
+
 def bos_token(tokenizer: Any) -> int:
     """The token every row starts with: BOS, or the end-of-text token of a tokenizer without BOS (GPT-2, Qwen)."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -129,6 +142,13 @@ def bos_token(tokenizer: Any) -> int:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of the text with BOS in front; the text "" is BOS alone."""
     return [bos_token(tokenizer), *tokenizer.encode(text, add_special_tokens=False)]
+
+
+def completion_text(tokenizer: Any, tokens: list[int]) -> str:
+    """The text of generated tokens up to the first end-of-text token, without special tokens."""
+    if tokenizer.eos_token_id in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 @contextlib.contextmanager

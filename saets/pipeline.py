@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from saets.checks import check_all
 from saets.stages.effects import measure_effects
 from saets.stages.evaluate import evaluate
 from saets.stages.fit import fit_approximator
@@ -12,12 +11,7 @@ from saets.stages.vectors import build_vectors
 
 
 def run_all(session: Session) -> None:
-    """Every stage in order.
-
-    Raises:
-        InputError: anything that is wrong with the experiment, as far as it can be told before weights are read.
-    """
-    check_all(session.experiment)
+    """Every stage in order. `checks.check_all` finds most of what is wrong with an experiment before this is begun."""
     measure_effects(session)
     fit_approximator(session)
     evaluate(session, build_vectors(session))

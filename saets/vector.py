@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saets.errors import InputError, unknown
+from saets.records import vector_id
 
 FORMAT = "saets-vector"
 
@@ -36,6 +37,11 @@ class SteeringVector:
                 f"a steering vector has unit length and its strength is the scale; got length {length:.6g}: "
                 "use SteeringVector.from_tensor to normalise"
             )
+
+    @property
+    def id(self) -> str:
+        """Hash of the direction; the `vector_id` of its rows in every table."""
+        return vector_id(self.direction.numpy())
 
     @classmethod
     def from_tensor(cls, vector: Float[Tensor, " d_model"], hook_name: str, **provenance: Any) -> SteeringVector:

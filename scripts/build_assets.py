@@ -41,8 +41,10 @@ SEED = 7
 CHUNK = 64
 """Tokens of a training chunk, BOS included; the BOS position (whose norm is 150 times the others') is left out."""
 TOKENS = {"own": 170_000, "passages": 260_000}
-SAE = {"d_sae": 4096, "k": 32, "lr": 1e-3, "batch": 1024, "epochs": 3}
+SAE = {"d_sae": 4096, "k": 32, "lr": 8e-4, "batch": 512, "epochs": 3}
 
+MAX_NORM = 400.0
+"""One token in a thousand has a residual stream 100 times longer than the others; it would be all that the SAE learns."""
 VECTORS = 480
 """Decoder rows whose effects are shipped."""
 LIVE_DENSITY = 0.0005
@@ -170,12 +172,13 @@ def activations(work: Path) -> None:
 def train_sae(work: Path) -> None:
     """A TopK SAE by SAELens, saved as SAELens reads it, in float16, with its held-out fit beside it."""
     from sae_lens import SAE as LoadedSAE
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig, SAETrainer
+    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from safetensors.torch import load_file, save_file
 
     experiment = load_experiment("smollm2")
     data = torch.from_numpy(np.load(work / "activations.npy"))
+    data = data[data.float().norm(dim=1) < MAX_NORM]
     held_out, train = data[:16384].float(), data[16384:]
     batch, epochs = SAE["batch"], SAE["epochs"]
     total = len(train) // batch * batch * epochs

@@ -18,7 +18,7 @@ import torch
 from saets.calibration import Calibration
 from saets.config import Experiment
 from saets.distributed.cluster import Cluster, actor_count, input_error
-from saets.effects import EffectWorker, Failure, Measurement, describe_engine, vectors_per_batch
+from saets.effects import EffectWorker, Failure, Measurement, describe, vectors_per_batch
 from saets.records import VectorItem
 
 NO_PROGRESS_SECONDS = 1800
@@ -33,14 +33,14 @@ class EffectActor:
         if parsed.execution.gpus_per_actor == 0:
             torch.set_num_threads(max(1, int(parsed.execution.cpus_per_actor)))
         self.worker = EffectWorker(parsed)
+        self.description = json.dumps(describe(self.worker), sort_keys=True)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         items = _items(batch)
         results = self.worker.measure(items)
         d_sae = self.worker.sae.cfg.d_sae
-        shape = json.dumps(describe_engine(self.worker), sort_keys=True)
         means = [result.mean if isinstance(result, Measurement) else np.zeros(d_sae, np.float32) for result in results]
-        facts = [{**_facts(result), "shape": shape} for result in results]
+        facts = [{**_facts(result), "worker": self.description} for result in results]
         table = pa.Table.from_pylist(facts, schema=_FACTS)
         for name in ("vector_id", "source", "index", "vector"):
             table = table.append_column(name, batch.column(name))
@@ -50,7 +50,7 @@ class EffectActor:
 def measure(
     items: Sequence[VectorItem], experiment: Experiment, cluster: Cluster
 ) -> Iterator[tuple[list[Measurement | Failure], dict[str, Any]]]:
-    """Results as batches finish, in any order, each with the execution shape of the worker that made it.
+    """Results as batches finish, in any order, each with the `describe` of the worker that made it.
 
     Raises:
         InputError: what a worker found wrong with the experiment when it loaded.
@@ -77,7 +77,7 @@ def measure(
         block: Any
         for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             if block.num_rows:
-                yield _results(block), json.loads(block.column("shape")[0].as_py())
+                yield _results(block), json.loads(block.column("worker")[0].as_py())
     except ray.exceptions.RayError as error:
         raise input_error(error) or error from error
 
@@ -92,7 +92,7 @@ _FACTS = pa.schema(
         ("n_rollouts", pa.int64()),
         ("n_tokens", pa.int64()),
         ("failure", pa.string()),
-        ("shape", pa.string()),
+        ("worker", pa.string()),
     ]
 )
 

@@ -11,7 +11,9 @@ from saets.judge.openai import OpenAIJudge
 
 def judge_name(settings: JudgeSettings) -> str:
     """The judge's name, as it stands in every grade."""
-    return f"local:{settings.embedder}" if settings.kind == "local" else f"openai:{settings.model}"
+    if settings.kind == "local":
+        return f"local:{settings.embedder}"
+    return f"openai:{settings.model}"
 
 
 def check_judge(settings: JudgeSettings) -> None:

@@ -28,7 +28,7 @@ from saets.calibration import LOSS_BATCH, next_token_losses
 from saets.errors import InputError
 from saets.goal import Examples, Goal
 from saets.judge import clean_text
-from saets.model import encode
+from saets.model import completion_text, encode
 from saets.records import CRITERIA, Generation, Grade
 from saets.rollout import RolloutEngine, Row
 from saets.sampling import row_seed
@@ -368,10 +368,7 @@ def _own_completions(engine: RolloutEngine, prompts: Sequence[str], new_tokens: 
     for start, rows in groups.items():
         unsteered = torch.zeros(len(rows), engine.model.cfg.d_model)
         for row, tokens in zip(rows, engine.run(rows, unsteered, start + new_tokens).tolist(), strict=True):
-            new = tokens[start:]
-            if tokenizer.eos_token_id in new:
-                new = new[: new.index(tokenizer.eos_token_id)]
-            pairs.append((row.prompt, tokenizer.decode(new, skip_special_tokens=True)))
+            pairs.append((row.prompt, completion_text(tokenizer, tokens[start:])))
     return [(prompt, completion) for prompt, completion in pairs if completion.strip()]
 
 

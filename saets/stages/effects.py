@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 
 from saets.distributed import effects as distributed
 from saets.effects import BASELINE, Failure, Measurement, baseline_items, vector_items
+from saets.errors import InputError
 from saets.model import model_shape
 from saets.rows import baseline_rows, effect_rows, failure_rows
 from saets.stages.session import Session
@@ -42,14 +44,29 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
         Appender(run.failures, failure_rows) as failures,
         _EffectWriter(run, blocks=experiment.effects.baseline_blocks) as writer,
     ):
-        for results, shape in distributed.measure([*blocks, *missing], experiment, session.cluster):
-            run.update_stage("effects", {"shape": shape})
+        for results, worker in distributed.measure([*blocks, *missing], experiment, session.cluster):
+            _check_weights(run, shipped, worker)
+            run.update_stage("effects", {"worker": worker})
             writer.add([result for result in results if isinstance(result, Measurement)])
             failures.add(result for result in results if isinstance(result, Failure))
             advance(len(results))
     lost = run.failures.ids() - run.effects.ids()
     if lost:
         logger.warning("%d vectors could not be measured; the reasons are in %s", len(lost), run.failures.folder)
+
+
+def _check_weights(run: RunFolder, shipped: RunFolder | None, worker: Mapping[str, Any]) -> None:
+    """Raise `InputError` where rows that are there were measured with other weights of the same name."""
+    for there in (run, shipped):
+        before = there.manifest().get("effects", {}).get("worker", worker) if there else worker
+        different = [
+            name for name in ("model_hash", "sae_hash") if before["dtype"] == worker["dtype"] and before[name] != worker[name]
+        ]
+        if different and there:
+            raise InputError(
+                f"{there.path} holds effects of other weights ({', '.join(different)}) under the same name; "
+                "give --out a new folder, or pin model.revision"
+            )
 
 
 class _EffectWriter(Appender[Measurement]):

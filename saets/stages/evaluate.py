@@ -17,9 +17,9 @@ from saets.distributed.pool import Call, PooledJudge
 from saets.goal import COHERENCE, Goal
 from saets.judge import Judge
 from saets.judge.choice import judge_name
-from saets.judge.openai import OpenAIJudge
+from saets.judge.openai import TEMPLATE_VERSION, OpenAIJudge
 from saets.progress import Advance
-from saets.records import CRITERIA, UNSTEERED, Generation, GenerationItem, Grade, content_id, vector_id
+from saets.records import CRITERIA, UNSTEERED, Generation, GenerationItem, Grade, content_id
 from saets.rows import generation_rows, grade_rows
 from saets.sampling import row_seed
 from saets.stages.session import Session, model_settings
@@ -50,7 +50,14 @@ def evaluate(session: Session, vectors: dict[Pair, SteeringVector], *, generate:
 
     async def main(call: Call) -> None:
         judge = await _open_judge(session, call) if grade else None
-        directions = session.pool.share({vector_id(v.direction.numpy()): v.direction.numpy() for v in vectors.values()})
+        try:
+            await overlapped(call, judge)
+        finally:
+            if isinstance(judge, OpenAIJudge):
+                await judge.close()
+
+    async def overlapped(call: Call, judge: Judge | None) -> None:
+        directions = session.pool.share({vector.id: vector.direction.numpy() for vector in vectors.values()})
         with ExitStack() as stack:
             texts = stack.enter_context(Appender(session.run.generations, generation_rows))
             grades = {name: stack.enter_context(Appender(table, grade_rows)) for name, table in tables.items()}
@@ -96,10 +103,7 @@ def generation_items(session: Session, vectors: dict[Pair, SteeringVector]) -> l
         ]
     )
     steered = [
-        (goal, method, vector_id(vector.direction.numpy()), scale)
-        for (goal, method), vector in vectors.items()
-        for scale in settings.scales
-        if scale > 0
+        (goal, method, vector.id, scale) for (goal, method), vector in vectors.items() for scale in settings.scales if scale > 0
     ]
     unsteered = [(goal, UNSTEERED, UNSTEERED, 0.0) for goal in dict.fromkeys(goal for goal, _ in vectors) if 0 in settings.scales]
     items = []
@@ -122,8 +126,11 @@ def grade_settings(session: Session, goal: Goal) -> str:
     """A hash of all that a grade of this goal depends on besides the text."""
     experiment = session.experiment
     told: dict[str, Any] = {"judge": judge_name(experiment.judge), "behaviour": goal.behaviour, "coherence": COHERENCE}
-    if experiment.judge.kind == "local":
-        told |= {"examples": goal.examples.model_dump(), "model": model_settings(experiment), "seed": experiment.seed}
+    if experiment.judge.kind == "openai":
+        told["template"] = TEMPLATE_VERSION
+    else:
+        sampled = experiment.evaluation.model_dump(include={"prompts", "new_tokens", "top_k", "temperature"})
+        told |= {"examples": goal.examples.model_dump(), "model": model_settings(experiment), "seed": experiment.seed, **sampled}
     return settings_hash(told)
 
 

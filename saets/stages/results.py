@@ -10,6 +10,7 @@ import polars as pl
 
 from saets import plots, results
 from saets.checks import check_goals
+from saets.config import settings_hash
 from saets.errors import InputError
 from saets.records import UNSTEERED
 from saets.stages.evaluate import grade_settings, wanted_generations
@@ -62,9 +63,13 @@ def write_results(session: Session) -> None:
 
 
 def write_plots(session: Session) -> list[Path]:
-    """Draw every plot for which the run has data, as HTML, SVG and PNG."""
+    """Draw every plot for which the run has data, as HTML, SVG and PNG; plots of the same rows are left as they are."""
     outcome = read_outcome(session)
     folder = session.run.path / "plots"
+    effects = session.run.effects.read(["vector_id", "scale", "calibration"])
+    drawn_from = settings_hash([outcome.texts.hash_rows(0).to_list(), effects.rows() if effects is not None else None])
+    if session.run.manifest().get("plots", {}).get("drawn_from") == drawn_from and folder.is_dir():
+        return sorted(folder.iterdir())
     table = results.results_table(outcome.texts, seed=session.experiment.seed)
     charts = {
         "product_by_scale": plots.product_by_scale(table),
@@ -74,7 +79,6 @@ def write_plots(session: Session) -> list[Path]:
     for goal in dict.fromkeys(outcome.summary["goal"]):
         method = session.experiment.steering.methods[-1]
         charts[f"criteria_{goal}"] = plots.criteria_by_scale(table, goal, method)
-    effects = session.run.effects.read(["vector_id", "scale", "calibration"])
     if effects is not None:
         charts["calibration"] = plots.calibration_histogram(effects)
     with session.progress.stage("drawing", len(charts), 0, "plots") as advance:
@@ -82,6 +86,7 @@ def write_plots(session: Session) -> list[Path]:
         for name, chart in charts.items():
             written += plots.save(chart, folder, name)
             advance(1)
+    session.run.update_stage("plots", {"drawn_from": drawn_from})
     return written
 
 

@@ -57,7 +57,9 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
             vector.save(run.vector(name, method))
             built[name, method] = vector
             advance(1)
-    return {pair: built.get(pair) or kept[pair] for pair in wanted}
+    vectors = {pair: built.get(pair) or kept[pair] for pair in wanted}
+    run.update_stage("vectors", {f"{goal}--{method}": vector.id for (goal, method), vector in vectors.items()})
+    return vectors
 
 
 def read_vectors(session: Session) -> dict[Pair, SteeringVector]:

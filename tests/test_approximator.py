@@ -1,0 +1,217 @@
+"""The fit against planted maps and the normal equations written out, and files that come back equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saets.approximator import EffectApproximator, Moments, RidgePath, choose_penalty
+from saets.errors import InputError
+
+D_MODEL, D_SAE = 6, 9
+
+
+class Rows(NamedTuple):
+    """Vectors of any length, their unit vectors, and effects, in float64."""
+
+    vectors: Tensor
+    X: Tensor
+    Y: Tensor
+
+
+def rows(n: int, seed: int, *, noise: float = 0.0) -> Rows:
+    """Effects planted by one M and b for every seed, with noise."""
+    planted = torch.Generator().manual_seed(99)
+    M = torch.randn(D_MODEL, D_SAE, generator=planted, dtype=torch.float64)
+    b = torch.randn(D_SAE, generator=planted, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    vectors = 5 * torch.randn(n, D_MODEL, generator=generator, dtype=torch.float64) + torch.tensor([3.0, 0, 0, 0, 0, 0])
+    X = vectors / vectors.square().sum(1, keepdim=True).sqrt()
+    Y = X @ M + b + noise * torch.randn(n, D_SAE, generator=generator, dtype=torch.float64)
+    return Rows(vectors, X, Y)
+
+
+def planted() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(99)
+    M = torch.randn(D_MODEL, D_SAE, generator=generator, dtype=torch.float64)
+    return M, torch.randn(D_SAE, generator=generator, dtype=torch.float64)
+
+
+def moments(data: Rows) -> Moments:
+    found = Moments(D_MODEL, D_SAE)
+    found.add(data.vectors, data.Y)
+    return found
+
+
+def solved(data: Rows, penalty: float) -> tuple[Tensor, Tensor]:
+    """The ridge solution by the normal equations; the penalty is in multiples of the mean eigenvalue."""
+    x_mean, y_mean = data.X.mean(0), data.Y.mean(0)
+    Xc, Yc = data.X - x_mean, data.Y - y_mean
+    gram = Xc.T @ Xc
+    strength = penalty * gram.trace() / D_MODEL
+    M = torch.linalg.solve(gram + strength * torch.eye(D_MODEL, dtype=torch.float64), Xc.T @ Yc)
+    return M, y_mean - x_mean @ M
+
+
+def close(found: Tensor, expected: Tensor, rtol: float = 1e-5) -> bool:
+    return torch.allclose(found.double(), expected.double(), rtol=rtol, atol=rtol)
+
+
+def test_a_planted_map_is_recovered_exactly_from_effects_without_noise() -> None:
+    found = RidgePath(moments(rows(40, 1))).fit(0.0)
+    M, b = planted()
+    assert found.M.dtype == found.b.dtype == torch.float32
+    assert close(found.M, M)
+    assert close(found.b, b)
+
+
+def test_a_planted_map_is_approached_as_noisy_rows_grow_in_number() -> None:
+    M, _ = planted()
+    errors = [(RidgePath(moments(rows(n, 2, noise=0.5))).fit(1e-4).M - M).norm().item() for n in (50, 5000)]
+    assert errors[1] < errors[0] / 5
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-3, 0.1, 1.0, 30.0])
+def test_the_fit_solves_the_normal_equations_with_an_unpenalised_intercept(penalty: float) -> None:
+    data = rows(25, 3, noise=0.3)
+    found = RidgePath(moments(data)).fit(penalty)
+    M, b = solved(data, penalty)
+    assert close(found.M, M)
+    assert close(found.b, b)
+
+
+def test_an_unbounded_penalty_leaves_the_mean_effect() -> None:
+    data = rows(25, 3, noise=0.3)
+    found = RidgePath(moments(data)).fit(1e12)
+    assert close(found.M, torch.zeros(D_MODEL, D_SAE))
+    assert close(found.b, data.Y.mean(0))
+
+
+def test_a_penalty_of_zero_with_fewer_rows_than_dimensions_gives_the_solution_of_least_norm() -> None:
+    data = rows(4, 4, noise=0.3)
+    found = RidgePath(moments(data)).fit(0.0)
+    M = torch.linalg.pinv(data.X - data.X.mean(0), rtol=1e-9) @ (data.Y - data.Y.mean(0))
+    assert close(found.M, M, 1e-4)
+    assert close(data.X.float() @ found.M + found.b, data.Y, 1e-4)
+
+
+def test_the_held_out_error_of_every_penalty_equals_predicting_the_rows_one_by_one() -> None:
+    train, held_out = rows(30, 5, noise=0.4), rows(13, 6, noise=0.4)
+    penalties = [0.0, 1e-4, 1e-2, 0.3, 1.0, 100.0]
+    expected = []
+    for penalty in penalties:
+        M, b = solved(train, penalty)
+        expected.append((held_out.Y - (held_out.X @ M + b)).square().sum().item())
+    assert RidgePath(moments(train)).held_out_errors(moments(held_out), penalties) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("noise", "n"), [(0.0, 30), (3.0, 9)])
+def test_the_chosen_penalty_is_the_one_of_least_held_out_error_a_number(noise: float, n: int) -> None:
+    train, held_out = rows(n, 7, noise=noise), rows(50, 8, noise=noise)
+    penalties = [1e-4, 1e-2, 1.0, 10.0]
+    expected = {}
+    for penalty in penalties:
+        M, b = solved(train, penalty)
+        expected[penalty] = (held_out.Y - (held_out.X @ M + b)).square().mean().item()
+    best, errors = choose_penalty(moments(train), moments(held_out), penalties)
+    assert best == min(expected, key=expected.__getitem__)
+    assert list(errors) == ["0.0001", "0.01", "1", "10"]
+    assert list(errors.values()) == pytest.approx(list(expected.values()), rel=1e-6, abs=1e-12)
+
+
+def test_noise_asks_for_a_larger_penalty_than_none() -> None:
+    penalties = [1e-4, 1e-2, 1.0, 10.0]
+    without, _ = choose_penalty(moments(rows(30, 7)), moments(rows(50, 8)), penalties)
+    with_noise, _ = choose_penalty(moments(rows(9, 7, noise=3.0)), moments(rows(50, 8, noise=3.0)), penalties)
+    assert without == 1e-4
+    assert with_noise > 1e-2
+
+
+def test_the_moments_of_two_parts_add_up_to_those_of_the_whole() -> None:
+    whole = rows(20, 9, noise=0.2)
+    first, second = (Rows(*(column[part] for column in whole)) for part in (slice(0, 7), slice(7, None)))
+    in_pieces = Moments(D_MODEL, D_SAE)
+    for part in (first, second):
+        in_pieces.add(part.vectors, part.Y)
+    for added in (moments(first) + moments(second), in_pieces):
+        for mine, expected in zip(added.tensors(), moments(whole).tensors(), strict=True):
+            assert torch.allclose(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_adding_moments_leaves_both_as_they_were() -> None:
+    first, second = moments(rows(5, 10)), moments(rows(6, 11))
+    before = [tensor.clone() for tensor in first.tensors()]
+    _ = first + second
+    assert all(torch.equal(now, then) for now, then in zip(first.tensors(), before, strict=True))
+    assert first.n.item() == 5
+    assert second.n.item() == 6
+
+
+def test_the_fit_depends_neither_on_the_order_nor_on_the_length_of_the_vectors() -> None:
+    data = rows(20, 12, noise=0.2)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    lengths = torch.linspace(0.1, 400, 20, dtype=torch.float64)[:, None]
+    expected = RidgePath(moments(data)).fit(0.1)
+    for changed in (Rows(*(column[order] for column in data)), data._replace(vectors=data.X * lengths)):
+        found = RidgePath(moments(changed)).fit(0.1)
+        assert close(found.M, expected.M)
+        assert close(found.b, expected.b)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["vectors", "Y"])
+def test_numbers_that_are_not_finite_are_refused_and_leave_the_sums_alone(where: str, bad: float) -> None:
+    found = moments(rows(5, 13))
+    before = [tensor.clone() for tensor in found.tensors()]
+    data = rows(5, 14)
+    getattr(data, where)[2, 1] = bad
+    with pytest.raises(InputError, match="NaN or infinity"):
+        found.add(data.vectors, data.Y)
+    assert all(torch.equal(now, then) for now, then in zip(found.tensors(), before, strict=True))
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_fewer_than_two_rows_are_refused(n: int) -> None:
+    with pytest.raises(InputError, match=f"{n} rows to fit; at least 2"):
+        RidgePath(moments(rows(n, 15)))
+
+
+def test_a_prediction_is_the_unit_vector_times_m_plus_b_whatever_its_length() -> None:
+    M, b = (tensor.float() for tensor in planted())
+    data = rows(3, 16)
+    found = EffectApproximator(M, b).predict(data.vectors.float())
+    assert close(found, data.X @ M.double() + b.double())
+    assert close(EffectApproximator(M, b).predict(data.vectors[1].float()), found[1])
+
+
+def test_a_saved_approximator_comes_back_equal_with_its_provenance(tmp_path: Path) -> None:
+    provenance = {"penalty": 0.01, "rows": [1, 2], "experiment": "tiny", "held_out": {"r2": 0.5}}
+    M, b = (tensor.float() for tensor in planted())
+    EffectApproximator(M.T.contiguous().T, b, provenance).save(tmp_path / "approximator.safetensors")
+    loaded = EffectApproximator.load(tmp_path / "approximator.safetensors")
+    assert torch.equal(loaded.M, M)
+    assert torch.equal(loaded.b, b)
+    assert loaded.provenance == provenance
+    assert [path.name for path in tmp_path.iterdir()] == ["approximator.safetensors"]
+
+
+def test_a_missing_a_damaged_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "approximator.safetensors"
+    with pytest.raises(InputError, match="no approximator at"):
+        EffectApproximator.load(path)
+    M, b = (tensor.float() for tensor in planted())
+    EffectApproximator(M, b).save(path)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not safetensors at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="is not a safetensors file"):
+            EffectApproximator.load(path)
+    for foreign in ({"W": M, "b": b}, {"M": M, "b": b[1:]}, {"M": M}):
+        save_file(foreign, path)
+        with pytest.raises(InputError, match="expected M"):
+            EffectApproximator.load(path)

@@ -1,0 +1,247 @@
+"""Effects against the algorithm written out: regenerate the texts, run them unsteered, encode, average, subtract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from saets.config import Experiment, load_experiment
+from saets.effects import BASELINE, EffectWorker, Measurement, baseline_items, effect_of, vector_items
+from saets.errors import InputError
+from saets.records import VectorItem, vector_id
+from saets.rollout import RolloutEngine, Row
+from saets.rows import effect_rows
+from saets.sae import load_sae
+from saets.sampling import row_seed
+
+HOOK = "blocks.2.hook_resid_post"
+PIN = ["model.dtype=float32", "model.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_experiment: Experiment) -> EffectWorker:
+    return EffectWorker(tiny_experiment)
+
+
+@pytest.fixture(scope="module")
+def vectors(tiny_experiment: Experiment) -> list[VectorItem]:
+    return vector_items(tiny_experiment, 32)[:3]
+
+
+def measured(worker: EffectWorker, items: Sequence[VectorItem]) -> list[Measurement]:
+    found = worker.measure(items)
+    assert all(isinstance(result, Measurement) for result in found)
+    return [result for result in found if isinstance(result, Measurement)]
+
+
+@pytest.fixture(scope="module")
+def together(worker: EffectWorker, vectors: list[VectorItem]) -> list[Measurement]:
+    """All of `vectors`, measured at once."""
+    return measured(worker, vectors)
+
+
+def activations(model: Any, experiment: Experiment, item: VectorItem, scale: float) -> Tensor:
+    """f(h_L) [prompts, rollouts, positions, d_sae] of the unsteered model on the item's own steered texts."""
+    settings = experiment.effects
+    rows = [
+        Row(prompt, row_seed(experiment.seed, "effects", item.vector_id, which, sample))
+        for which, prompt in enumerate(settings.prompts)
+        for sample in range(settings.rollouts)
+    ]
+    engine = RolloutEngine(model, HOOK, top_k=settings.top_k, temperature=settings.temperature)
+    added = (scale * torch.from_numpy(item.direction)).expand(len(rows), -1)
+    tokens = engine.run(rows, added, settings.length)
+    residual = model.run_with_cache(tokens, names_filter=HOOK)[1][HOOK]
+    sae = load_sae(experiment.sae, 32)
+    acts = torch.relu((residual - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    return acts.view(len(settings.prompts), settings.rollouts, settings.length, -1)
+
+
+def pick(kind: str, **keys: object) -> list[str]:
+    """The override that makes one source the only one."""
+    inside = ", ".join(f"{key} = {value}" for key, value in {"kind": f'"{kind}"', **keys}.items())
+    return [f"effects.sources=[{{ {inside} }}]"]
+
+
+def test_an_effect_is_the_mean_over_all_rollouts_and_positions_steered_minus_unsteered(
+    tiny: Any, tiny_experiment: Experiment, worker: EffectWorker, together: list[Measurement]
+) -> None:
+    blocks = baseline_items(tiny_experiment, 32)
+    unsteered = torch.stack([activations(tiny, tiny_experiment, block, 0.0) for block in blocks]).mean(dim=(0, 1, 2, 3))
+    baseline = np.mean([found.mean for found in measured(worker, blocks)], axis=0)
+    for found in together:
+        assert found.calibration.scale > 0
+        steered = activations(tiny, tiny_experiment, found.item, found.calibration.scale).mean(dim=(0, 1, 2))
+        expected = (steered - unsteered).numpy()
+        assert np.abs(expected).max() > 0.1
+        assert np.abs(effect_of(found.mean, baseline) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_measurement_says_how_it_was_made(worker: EffectWorker, vectors: list[VectorItem], together: list[Measurement]) -> None:
+    found = together[0]
+    assert found.item is vectors[0]
+    assert found.mean.dtype == np.float32
+    assert found.mean.shape == (64,)
+    assert (found.n_rollouts, found.n_tokens) == (3 * 4, 3 * 4 * 16)
+    assert found.unsteered_loss == worker.calibrator.unsteered_loss
+    assert found.calibration == worker.calibrator.calibrate(torch.from_numpy(vectors[0].direction))
+
+
+def test_results_come_in_the_order_of_the_items_and_do_not_depend_on_their_company(
+    worker: EffectWorker, vectors: list[VectorItem], together: list[Measurement]
+) -> None:
+    assert [found.item for found in together] == vectors
+    turned, (alone,) = measured(worker, vectors[::-1])[::-1], measured(worker, vectors[:1])
+    for found, other in [*zip(together, turned, strict=True), (together[0], alone)]:
+        assert np.allclose(found.mean, other.mean, rtol=1e-5, atol=1e-6)
+        assert found.calibration == other.calibration
+        assert found.error_variance == pytest.approx(other.error_variance, rel=1e-4)
+
+
+def test_measuring_with_fewer_rows_a_step_than_a_vector_has_rollouts_gives_the_same(together: list[Measurement]) -> None:
+    (found,) = measured(EffectWorker(load_experiment("tiny", [*PIN, "execution.rows=5"])), [together[0].item])
+    assert np.allclose(found.mean, together[0].mean, rtol=1e-5, atol=1e-6)
+
+
+def test_the_error_variance_is_the_spread_of_rollout_means_within_prompts(
+    tiny: Any, tiny_experiment: Experiment, together: list[Measurement]
+) -> None:
+    found = together[0]
+    means = activations(tiny, tiny_experiment, found.item, found.calibration.scale).mean(dim=2).double()
+    prompts, rollouts, _ = means.shape
+    total = torch.zeros(64, dtype=torch.float64)
+    for prompt in range(prompts):
+        centre = means[prompt].sum(0) / rollouts
+        within = (means[prompt] - centre).square().sum(0) / (rollouts - 1)
+        total += within / rollouts
+    assert found.error_variance == pytest.approx((total / prompts**2).mean().item(), rel=1e-4)
+
+
+def test_the_error_variance_of_one_rollout_a_prompt_is_the_spread_over_prompts(tiny: Any, vectors: list[VectorItem]) -> None:
+    experiment = load_experiment("tiny", [*PIN, "effects.rollouts=1", "effects.fixed_scale=4"])
+    (found,) = measured(EffectWorker(experiment), vectors[:1])
+    means = activations(tiny, experiment, vectors[0], 4.0).mean(dim=2).flatten(0, 1).double()
+    spread = (means - means.mean(0)).square().sum(0) / (len(means) - 1)
+    assert found.error_variance == pytest.approx((spread / len(means)).mean().item(), rel=1e-4)
+
+
+def test_baseline_blocks_are_unsteered_and_have_their_own_seeds(
+    tiny: Any, tiny_experiment: Experiment, worker: EffectWorker
+) -> None:
+    blocks = baseline_items(tiny_experiment, 32)
+    assert [(block.source, block.index) for block in blocks] == [(BASELINE, 0), (BASELINE, 1)]
+    first, second = measured(worker, blocks)
+    assert (first.calibration.scale, first.calibration.loss) == (0.0, worker.calibrator.unsteered_loss)
+    assert not np.allclose(first.mean, second.mean)
+
+
+def test_another_run_seed_draws_other_texts_for_the_same_vector(together: list[Measurement]) -> None:
+    (other,) = measured(EffectWorker(load_experiment("tiny", [*PIN, "seed=1"])), [together[0].item])
+    assert other.calibration == together[0].calibration
+    assert not np.allclose(other.mean, together[0].mean)
+
+
+def test_decoder_rows_become_unit_vectors_with_their_row_number_and_the_hash_of_their_bytes(tiny_experiment: Experiment) -> None:
+    decoder = load_sae(tiny_experiment.sae, 32).W_dec.double().numpy()
+    items = vector_items(tiny_experiment, 32)
+    assert [item.index for item in items] == list(range(64))
+    for item in items:
+        row = decoder[item.index]
+        assert np.allclose(item.direction, row / np.sqrt((row**2).sum()), atol=1e-6)
+        assert item.direction.dtype == np.float32
+        assert (item.source, item.vector_id) == ("decoder", vector_id(item.direction))
+    assert len({item.vector_id for item in items}) == 64
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows"),
+    [
+        ({"start": 60}, [60, 61, 62, 63]),
+        ({"stop": 3}, [0, 1, 2]),
+        ({"start": 5, "stop": 7}, [5, 6]),
+        ({"rows": [9, 2, 40]}, [9, 2, 40]),
+        ({"rows": [9, 2, 9]}, [9, 2]),
+    ],
+)
+def test_a_source_takes_a_range_or_a_list_of_rows(keys: dict[str, object], rows: list[int]) -> None:
+    items = vector_items(load_experiment("tiny", pick("decoder", **keys)), 32)
+    assert [item.index for item in items] == rows
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"stop": 65}, "row 64"),
+        ({"start": 64, "stop": 70}, "row 64"),
+        ({"rows": [3, 64]}, "row 64"),
+        ({"rows": [-1]}, "row -1"),
+        ({"start": 7, "stop": 7}, "no rows"),
+        ({"start": 64}, "no rows"),
+        ({"stop": 0}, "no rows"),
+        ({"rows": []}, "no rows"),
+    ],
+)
+def test_rows_that_the_decoder_does_not_have_are_refused(keys: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=f"effects.sources asks for {named}.*the SAE has rows 0 to 63"):
+        vector_items(load_experiment("tiny", pick("decoder", **keys)), 32)
+
+
+def test_a_vector_that_two_sources_hold_is_measured_once_and_keeps_its_first_place() -> None:
+    sources = '[{ kind = "decoder", rows = [4, 2] }, { kind = "random", count = 2 }, { kind = "decoder", stop = 5 }]'
+    items = vector_items(load_experiment("tiny", [f"effects.sources={sources}"]), 32)
+    found = [(item.source, item.index) for item in items]
+    assert found == [
+        *(("decoder", 4), ("decoder", 2)),
+        *(("random", 0), ("random", 1)),
+        *(("decoder", 0), ("decoder", 1), ("decoder", 3)),
+    ]
+
+
+def test_rows_of_another_sae_stand_beside_those_of_the_measuring_one() -> None:
+    wide = '{ loader = "random", d_sae = 96 }'
+    items = vector_items(load_experiment("tiny", pick("decoder", start=90, sae=wide)), 32)
+    assert [item.index for item in items] == [90, 91, 92, 93, 94, 95]
+
+
+def test_random_vectors_are_of_unit_length_and_seeded_one_by_one() -> None:
+    def directions(count: int, seed: int) -> np.ndarray:
+        experiment = load_experiment("tiny", [*pick("random", count=count), f"seed={seed}"])
+        items = vector_items(experiment, 32)
+        assert [(item.source, item.index) for item in items] == [("random", index) for index in range(count)]
+        return np.stack([item.direction for item in items])
+
+    many = directions(200, 0)
+    assert np.allclose(np.linalg.norm(many.astype(np.float64), axis=1), 1, atol=1e-6)
+    assert np.array_equal(directions(3, 0), many[:3])
+    assert not np.allclose(directions(3, 1), many[:3], atol=0.01)
+    between = (many @ many.T)[np.triu_indices(200, 1)]
+    assert np.abs(between).max() < 0.9
+    assert between.std() == pytest.approx(1 / np.sqrt(32), rel=0.1)
+    assert np.abs(many.mean(axis=0)).max() < 5 / np.sqrt(32 * 200)
+
+
+def test_the_row_of_an_effect_holds_the_difference_and_both_standard_errors(
+    together: list[Measurement],
+) -> None:
+    found = together[:2]
+    baseline = np.linspace(0, 3, 64, dtype=np.float32)
+    table = effect_rows(found, baseline, 0.25)
+    effects = table.column("effect").combine_chunks().to_numpy_ndarray()
+    assert effects.dtype == np.float16
+    assert np.allclose(effects, np.stack([one.mean - baseline for one in found]), rtol=1e-3, atol=1e-3)
+    assert np.array_equal(
+        table.column("vector").combine_chunks().to_numpy_ndarray(), np.stack([one.item.direction for one in found])
+    )
+    expected = [np.sqrt(one.error_variance + 0.25) for one in found]
+    assert table.column("standard_error").to_pylist() == pytest.approx(expected)
+    assert table.column("scale").to_pylist() == [one.calibration.scale for one in found]
+
+
+def test_an_effect_beyond_the_range_of_float16_is_refused(together: list[Measurement]) -> None:
+    with pytest.raises(InputError, match="exceeds 65504"):
+        effect_rows(together[:1], np.full(64, -7e4, dtype=np.float32), 0.0)

@@ -1,0 +1,152 @@
+"""Steering vectors: what they may be, the file they travel in, and what they do to a model while applied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saets.errors import InputError
+from saets.vector import SteeringVector
+
+HOOK = "blocks.2.hook_resid_post"
+TOKENS = torch.tensor([[256, 40, 83, 7], [256, 0, 255, 19]])
+
+
+def vector(hook_name: str = HOOK, seed: int = 0) -> SteeringVector:
+    return SteeringVector.from_tensor(torch.randn(32, generator=torch.Generator().manual_seed(seed)), hook_name)
+
+
+def residuals(model: Any, *hooks: str) -> list[Tensor]:
+    _, cache = model.run_with_cache(TOKENS, names_filter=list(hooks))
+    return [cache[hook] for hook in hooks]
+
+
+def hooked(model: Any) -> list[str]:
+    """Names of the places where anything is hooked."""
+    return [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+
+
+def test_a_tensor_becomes_a_vector_of_unit_length_in_its_own_direction() -> None:
+    tensor = torch.tensor([3.0, 0.0, -4.0])
+    assert SteeringVector.from_tensor(tensor, HOOK).direction.tolist() == pytest.approx([0.6, 0.0, -0.8])
+    assert SteeringVector.from_tensor(tensor * 1e-30, HOOK).direction.tolist() == pytest.approx([0.6, 0.0, -0.8])
+    assert SteeringVector.from_tensor(tensor.half(), HOOK).direction.dtype == torch.float32
+    assert tensor.tolist() == [3.0, 0.0, -4.0]
+
+
+@pytest.mark.parametrize("numbers", [[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0], [-float("inf"), float("inf")]])
+def test_numbers_without_a_direction_are_refused(numbers: list[float]) -> None:
+    with pytest.raises(InputError, match="finite numbers that are not all zero"):
+        SteeringVector.from_tensor(torch.tensor(numbers), HOOK)
+
+
+@pytest.mark.parametrize("numbers", [[3.0, 4.0], [0.6, 0.81], [0.0, 0.0], [float("nan"), 1.0]])
+def test_a_direction_that_is_not_of_unit_length_is_refused_with_the_way_to_normalise(numbers: list[float]) -> None:
+    with pytest.raises(InputError, match="from_tensor to normalise"):
+        SteeringVector(torch.tensor(numbers), HOOK)
+
+
+def test_a_saved_vector_comes_back_equal_with_hook_and_provenance(tmp_path: Path) -> None:
+    provenance = {"method": "sae_ts", "features": [[14455, 1.0]], "model": {"name": "tiny"}, "goal": "ünï"}
+    saved = SteeringVector(vector().direction, HOOK, provenance)
+    path = tmp_path / "new folder" / "london--sae_ts.safetensors"
+    saved.save(path)
+    loaded = SteeringVector.load(path)
+    assert torch.equal(loaded.direction, saved.direction)
+    assert (loaded.hook_name, loaded.provenance, loaded.id) == (HOOK, provenance, saved.id)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_the_id_depends_on_the_direction_alone() -> None:
+    direction = vector().direction
+    assert SteeringVector(direction, HOOK).id == SteeringVector(direction.clone(), "blocks.1.hook_resid_post", {"a": 1}).id
+    assert SteeringVector(direction, HOOK).id != SteeringVector(-direction, HOOK).id
+
+
+def test_a_missing_a_damaged_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "vector.safetensors"
+    with pytest.raises(InputError, match="no vector file"):
+        SteeringVector.load(path)
+    vector().save(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-40], b"", b"not safetensors at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="not a safetensors file"):
+            SteeringVector.load(path)
+    save_file({"direction": vector().direction}, path)
+    with pytest.raises(InputError, match="not a saets vector file"):
+        SteeringVector.load(path)
+
+
+@pytest.mark.parametrize("scale", [3.0, -0.5, 200.0])
+def test_an_applied_vector_adds_scale_times_direction_at_every_position_bos_included(tiny: Any, scale: float) -> None:
+    steering = vector()
+    (before,) = residuals(tiny, HOOK)
+    with steering.applied(tiny, scale) as steered:
+        after, following = residuals(steered, HOOK, "blocks.3.hook_resid_pre")
+    added = (scale * steering.direction).expand(2, 4, 32)
+    assert torch.allclose(after - before, added, atol=1e-4)
+    assert torch.allclose(following - before, added, atol=1e-4)
+
+
+def test_blocks_below_the_hook_never_see_the_vector_and_the_logits_do(tiny: Any) -> None:
+    before, logits = residuals(tiny, "blocks.1.hook_resid_post")[0], tiny(TOKENS)
+    with vector().applied(tiny, 30.0):
+        assert torch.equal(residuals(tiny, "blocks.1.hook_resid_post")[0], before)
+        assert not torch.allclose(tiny(TOKENS), logits, atol=0.1)
+
+
+def test_a_vector_can_be_added_before_a_block(tiny: Any) -> None:
+    steering = vector("blocks.2.hook_resid_pre")
+    (before,) = residuals(tiny, "blocks.2.hook_resid_pre")
+    with steering.applied(tiny, 2.0):
+        (after,) = residuals(tiny, "blocks.2.hook_resid_pre")
+    assert torch.allclose(after - before, (2 * steering.direction).expand(2, 4, 32), atol=1e-4)
+
+
+def test_a_scale_of_zero_changes_nothing(tiny: Any) -> None:
+    logits = tiny(TOKENS)
+    with vector().applied(tiny, 0.0):
+        assert torch.equal(tiny(TOKENS), logits)
+
+
+def test_the_hooks_are_gone_afterwards_also_after_an_exception(tiny: Any) -> None:
+    logits = tiny(TOKENS)
+    with vector().applied(tiny, 30.0):
+        assert hooked(tiny)
+    assert not hooked(tiny)
+    with pytest.raises(RuntimeError, match="on purpose"), vector().applied(tiny, 30.0):
+        raise RuntimeError("on purpose")
+    assert not hooked(tiny)
+    assert torch.equal(tiny(TOKENS), logits)
+
+
+def test_two_vectors_applied_together_add_up_and_come_off_one_by_one(tiny: Any) -> None:
+    (before,) = residuals(tiny, HOOK)
+    first, second = vector(seed=1), vector(seed=2)
+    with first.applied(tiny, 3.0):
+        with second.applied(tiny, 5.0):
+            (both,) = residuals(tiny, HOOK)
+        (one,) = residuals(tiny, HOOK)
+    assert torch.allclose(both - before, (3 * first.direction + 5 * second.direction).expand(2, 4, 32), atol=1e-4)
+    assert torch.allclose(one - before, (3 * first.direction).expand(2, 4, 32), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "near"), [("blocks.4.hook_resid_post", "blocks.3"), ("blocks.2.hook_resid_pots", "blocks.2")]
+)
+def test_a_hook_that_the_model_does_not_have_is_refused_with_a_near_one(tiny: Any, hook_name: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"unknown hook name '{hook_name}'.*{near}"), vector(hook_name).applied(tiny, 1.0):
+        pass
+    assert not hooked(tiny)
+
+
+def test_a_vector_of_another_width_is_refused(tiny: Any) -> None:
+    narrow = SteeringVector.from_tensor(torch.ones(31), HOOK)
+    with pytest.raises(InputError, match="has 31 numbers, the model's residual stream 32"), narrow.applied(tiny, 1.0):
+        pass
