@@ -23,6 +23,7 @@ from saets.config import RandomWeights, load_experiment
 from saets.distributed.cluster import Cluster
 from saets.model import random_llama
 from saets.store import RunFolder
+from tests.chat_server import KEY, Server, says
 
 pytestmark = pytest.mark.ray
 
@@ -213,6 +214,26 @@ def test_steering_and_forecasting_a_finished_run(finished: Path, capsys: pytest.
     assert "scale 4" in printed
     assert main(["forecast", str(finished), "--feature", "3:1", "--top", "4"]) == 0
     assert "predicted effect" in capsys.readouterr().out
+
+
+def test_the_openai_judge_grades_what_the_run_wrote_and_its_key_stays_out_of_every_file(
+    finished: Path, folder: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.schedule(
+        {"London": [says('{"score": 7}'), says("no idea"), says("none"), says('{"score": 4}')], "": [says('{"score": 10}')]}
+    )
+    texts = RunFolder(finished).generations.read()
+    assert run(folder, finished, "judge.kind=openai", f"judge.base_url={server.url}", "judge.model=m", "judge.concurrency=1") == 0
+    assert RunFolder(finished).generations.read().equals(texts)
+    files = sorted((finished / "grades").glob("london-*/*.parquet"))
+    grades = pl.read_parquet(files).filter(pl.col("judge") == "openai:m")
+    coherence = grades.filter(pl.col("criterion") == "coherence")
+    behaviour = grades.filter(pl.col("criterion") == "behaviour")
+    assert coherence["score"].to_list() == [1.0] * len(behaviour)
+    assert behaviour["score"].null_count() == 1
+    assert set(behaviour["score"].drop_nulls()) == {6 / 9, 3 / 9}
+    assert "1 of" in capsys.readouterr().out
+    assert not [path for path in finished.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
 def test_a_killed_run_goes_on_where_it_was(finished: Path, folder: Path, tmp_path: Path) -> None:

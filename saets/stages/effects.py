@@ -36,7 +36,8 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
     missing = [item for item in items if item.vector_id not in known | failed]
     if not missing:
         return
-    blocks = [item for item in baseline_items(experiment, d_model) if item.vector_id not in run.baseline.ids()]
+    there = run.baseline.ids()
+    blocks = [item for item in baseline_items(experiment, d_model) if item.vector_id not in there]
     left = len(missing) + len(blocks)
     total = left + sum(item.vector_id in known for item in items)
     with (
