@@ -6,6 +6,7 @@ runs only the blocks above the hook (identity 2 of the method).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -13,15 +14,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saets.config import Effects, packaged
+from saets.config import DATASET, Effects, packaged
 from saets.errors import InputError
 from saets.model import check_hook, encode, upper_half
 
-DATASET = "dataset:"
-"""Prefix of a calibration text that is a Hugging Face dataset with a `text` column: `dataset:NeelNanda/c4-code-20k`."""
-
 LOSS_BATCH = 64
 """Chunks run together."""
+
+
+class NotFinite(ArithmeticError):
+    """Steering by this vector makes the model's loss NaN or infinite."""
 
 
 class Calibration(NamedTuple):
@@ -79,19 +81,28 @@ class Calibrator:
 
         The grid is tried in order until the loss first exceeds the target; the scale lies on the line between that point
         and the one before. Never extrapolated: a target that is not reached gives the grid's end, `capped`.
+
+        Raises:
+            NotFinite: the loss is NaN or infinite at a scale that was tried.
         """
         settings = self.settings
         if settings.fixed_scale is not None:
-            return Calibration(settings.fixed_scale, self.loss(direction, settings.fixed_scale), "fixed")
+            return Calibration(settings.fixed_scale, self._finite_loss(direction, settings.fixed_scale), "fixed")
         target = self.target
         before = (settings.scale_grid[0], self.unsteered_loss)
         for scale in settings.scale_grid[1:]:
-            loss = self.loss(direction, scale)
+            loss = self._finite_loss(direction, scale)
             if loss > target:
                 share = (target - before[1]) / (loss - before[1])
                 return Calibration(before[0] + share * (scale - before[0]), target, "ok")
             before = (scale, loss)
         return Calibration(*before, "capped")
+
+    def _finite_loss(self, direction: Float[Tensor, " d_model"], scale: float) -> float:
+        loss = self.loss(direction, scale)
+        if not math.isfinite(loss):
+            raise NotFinite(f"the model's loss is not finite at scale {scale:g}")
+        return loss
 
     @property
     def target(self) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from saets.calibration import DATASET
-from saets.config import Experiment, packaged
+from saets.config import DATASET, Experiment, packaged
 from saets.errors import InputError
 from saets.goal import Goal, goal_features, load_goal
 from saets.judge.choice import check_judge

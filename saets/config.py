@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from saets.errors import InputError, unknown
 
 PRESETS = Path(__file__).parent / "presets"
 PACKAGED = "preset:"
 """Prefix of a path that lies in the package's own data: `preset:smollm2/sae`."""
+
+DATASET = "dataset:"
+"""Prefix of a calibration text that is a Hugging Face dataset with a `text` column: `dataset:NeelNanda/c4-code-20k`."""
+
+LOSS_RULES = ("loss_increase", "target_loss", "fixed_scale")
+"""The ways to choose a vector's scale; an experiment names one."""
 
 METHOD_IDS = ("caa", "sae", "sae_ts")
 """Steering methods, by the ids used in settings, files and columns."""
@@ -35,7 +41,7 @@ PAPER_PROMPTS = (
 class Section(BaseModel):
     """A frozen table of settings that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RandomWeights(Section):
@@ -106,7 +112,12 @@ class RandomVectors(Section):
     count: int = Field(ge=1)
 
 
-Source = Annotated[DecoderRows | RandomVectors, Field(discriminator="kind")]
+def _kind(source: Any) -> str:
+    return str(source.get("kind", "decoder")) if isinstance(source, dict) else source.kind
+
+
+Source = Annotated[Annotated[DecoderRows, Tag("decoder")] | Annotated[RandomVectors, Tag("random")], Discriminator(_kind)]
+"""Where vectors come from; `kind` is `decoder` where it is left out."""
 
 
 class Effects(Section):
@@ -142,8 +153,7 @@ class Effects(Section):
 
     @model_validator(mode="after")
     def _one_rule(self) -> Effects:
-        rules = {"loss_increase": self.loss_increase, "target_loss": self.target_loss, "fixed_scale": self.fixed_scale}
-        given = [name for name, value in rules.items() if value is not None]
+        given = [rule for rule in LOSS_RULES if getattr(self, rule) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"effects needs exactly one of loss_increase, target_loss and fixed_scale; got {', '.join(given) or 'none'}"
@@ -276,8 +286,7 @@ def load_experiment(where: str | Path, overrides: Iterable[str] = ()) -> Experim
         raise InputError(f"{path} is not valid TOML: {error}") from error
     if not path.is_relative_to(PRESETS):
         _anchor(settings, path.parent)
-    for override in overrides:
-        _override(settings, override)
+    _merge(settings, _changes(overrides))
     try:
         return Experiment.model_validate(settings)
     except ValidationError as error:
@@ -311,7 +320,7 @@ def _anchor(settings: dict[str, Any], folder: Path) -> None:
     """Make relative paths absolute; a model name is a path only where such a folder exists."""
 
     def resolve(table: Any, key: str, *, only_if_exists: bool = False) -> None:
-        if not isinstance(table, dict) or not isinstance(table.get(key), str) or table[key].startswith((PACKAGED, "dataset:")):
+        if not isinstance(table, dict) or not isinstance(table.get(key), str) or table[key].startswith((PACKAGED, DATASET)):
             return
         path = (folder / table[key]).resolve()
         if path.exists() or not only_if_exists:
@@ -334,25 +343,40 @@ def _anchor(settings: dict[str, Any], folder: Path) -> None:
         ]
 
 
-def _override(settings: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"--set {override!r}: expected section.key=value, e.g. effects.rollouts=8")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *sections, last = key.strip().split(".")
-    table: Any = settings
-    for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise InputError(f"--set {override!r}: {section} is a value, not a section")
-    rules = {"loss_increase", "target_loss", "fixed_scale"}
-    if sections == ["effects"] and last in rules:
-        for rule in rules:
-            table.pop(rule, None)
-    table[last] = value
+def _changes(overrides: Iterable[str]) -> dict[str, Any]:
+    """The overrides as nested settings; relative paths in them are taken from the working folder."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {override!r}: expected section.key=value, e.g. effects.rollouts=8")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *sections, last = key.strip().split(".")
+        table = changes
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise InputError(f"--set {override!r}: {section} is a value, not a section")
+        table[last] = value
+    _anchor(changes, Path.cwd())
+    return changes
+
+
+def _merge(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put changes over settings, table by table; a new loss rule takes the place of the old one."""
+    if changes.keys() & set(LOSS_RULES):
+        for rule in LOSS_RULES:
+            settings.pop(rule, None)
+    for key, value in changes.items():
+        if isinstance(value, dict) and key in settings:
+            if not isinstance(settings[key], dict):
+                raise InputError(f"--set {key}.{next(iter(value))}: {key} is a value, not a section")
+            _merge(settings[key], value)
+        else:
+            settings[key] = value
 
 
 def _one_line(error: ValidationError) -> str:

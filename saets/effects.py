@@ -18,7 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saets.calibration import Calibration, Calibrator
+from saets.calibration import Calibration, Calibrator, NotFinite
 from saets.config import DecoderRows, Effects, Experiment, RandomVectors
 from saets.errors import InputError
 from saets.model import check_hook, load_model, weights_hash
@@ -73,15 +73,19 @@ class EffectWorker:
     def measure(self, items: Sequence[VectorItem]) -> list[Measurement | Failure]:
         """One result an item, in order. All items are rolled out together; the batch's shape is the experiment's.
 
-        A vector whose activations are not finite is a `Failure`, and leaves its neighbours alone.
+        A vector whose loss or activations are not finite is a `Failure`, and leaves its neighbours alone.
         """
         calibrations = [self._calibrate(item) for item in items]
-        scaled = np.stack([item.direction * found.scale for item, found in zip(items, calibrations, strict=True)])
+        scales = [found.scale if isinstance(found, Calibration) else 0.0 for found in calibrations]
+        scaled = np.stack([item.direction * np.float32(scale) for item, scale in zip(items, scales, strict=True)])
         sums = self._feature_sums(items, torch.from_numpy(scaled))
         settings = self.experiment.effects
         per_rollout = sums.view(len(items), len(settings.prompts), settings.rollouts, -1) / settings.length
         results: list[Measurement | Failure] = []
         for item, calibration, rollouts in zip(items, calibrations, per_rollout, strict=True):
+            if isinstance(calibration, Failure):
+                results.append(calibration)
+                continue
             mean = rollouts.mean(dim=(0, 1))
             if not torch.isfinite(mean).all():
                 results.append(Failure(item, f"activations are not finite at scale {calibration.scale:.6g}"))
@@ -99,10 +103,13 @@ class EffectWorker:
             )
         return results
 
-    def _calibrate(self, item: VectorItem) -> Calibration:
+    def _calibrate(self, item: VectorItem) -> Calibration | Failure:
         if item.source == BASELINE:
             return Calibration(0.0, self.calibrator.unsteered_loss, "fixed")
-        return self.calibrator.calibrate(torch.from_numpy(item.direction))
+        try:
+            return self.calibrator.calibrate(torch.from_numpy(item.direction))
+        except NotFinite as error:
+            return Failure(item, str(error))
 
     @torch.no_grad()
     def _feature_sums(self, items: Sequence[VectorItem], scaled: Float[Tensor, "items d_model"]) -> Float[Tensor, "rows d_sae"]:

@@ -117,9 +117,10 @@ def load_model(spec: Model) -> Any:
 
 
 def check_hook(model: Any, hook_name: str) -> None:
-    """Raise `InputError` where the model has no such hook; an unknown hook would otherwise be ignored in silence."""
+    """Raise `InputError` where the model has no such residual-stream hook; it would otherwise be ignored in silence."""
     if hook_name not in model.hook_dict:
         raise unknown("hook name", hook_name, (f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)))
+    blocks_below(hook_name)
 
 
 def weights_hash(module: torch.nn.Module) -> str:

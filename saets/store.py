@@ -24,13 +24,16 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saets.config import Experiment, load_experiment
+from saets.config import Experiment
 from saets.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 5.0
 """Rows wait at most this long before they are written."""
+
+LOCK = ".lock"
+"""Held by the one process that writes a run folder."""
 
 Record = TypeVar("Record")
 
@@ -161,30 +164,33 @@ class RunFolder:
         """
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; --out needs a folder")
-        if path.is_dir() and any(path.iterdir()) and not (path / "experiment.toml").is_file():
-            raise InputError(f"{path} is not empty and holds no experiment.toml; give --out a new folder or a run folder")
         run = cls(path)
-        before = run.manifest().get("effects", {}).get("settings")
-        if before is not None and (run.effects.shards() or run.baseline.shards()):
-            different = differing_keys(before, effect_settings)
-            if different:
-                raise InputError(
-                    f"{path} holds effects measured with other settings ({'; '.join(different)}); "
-                    "set them back, or give --out a new folder"
-                )
+        if path.is_dir() and any(run._foreign()) and not (path / "experiment.toml").is_file():
+            raise InputError(f"{path} is not empty and holds no experiment.toml; give --out a new folder or a run folder")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_whole(path / "experiment.toml", experiment.to_toml())
+            with run.locked():
+                run._check_effect_settings(effect_settings)
+                write_whole(path / "experiment.toml", experiment.to_toml())
+                run.update_manifest(versions=versions(), git_commit=git_commit(), seed=experiment.seed)
+                run.update_stage("effects", {"settings": dict(effect_settings)})
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
-        run.update_manifest(versions=versions(), git_commit=git_commit(), seed=experiment.seed)
-        run.update_stage("effects", {"settings": dict(effect_settings)})
         return run
 
-    @classmethod
-    def open(cls, path: str | Path) -> tuple[RunFolder, Experiment]:
-        """An existing run and its experiment, to look at."""
-        return cls(Path(path)), load_experiment(Path(path))
+    def _foreign(self) -> Iterator[Path]:
+        return (path for path in self.path.iterdir() if path.name != LOCK)
+
+    def _check_effect_settings(self, settings: Mapping[str, Any]) -> None:
+        before = self.manifest().get("effects", {}).get("settings")
+        if before is None or not (self.effects.shards() or self.baseline.shards()):
+            return
+        different = differing_keys(before, settings)
+        if different:
+            raise InputError(
+                f"{self.path} holds effects measured with other settings ({'; '.join(different)}); "
+                "set them back, or give --out a new folder"
+            )
 
     def manifest(self) -> dict[str, Any]:
         """What manifest.json holds; empty where there is none yet."""
@@ -192,9 +198,11 @@ class RunFolder:
         if not path.is_file():
             return {}
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is damaged ({error}); move it away and run again") from error
+        if not isinstance(manifest, dict):
+            raise InputError(f"{path} holds a {type(manifest).__name__}, not a table; move it away and run again")
         return manifest
 
     def update_manifest(self, **entries: Any) -> None:
@@ -209,7 +217,7 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for one writer; a second one gets an `InputError` at once. A killed process lets go by itself."""
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -358,3 +358,20 @@ def test_an_experiment_is_complete_without_optional_sections(tmp_path: Path) -> 
     assert isinstance(experiment, Experiment)
     assert experiment.effects.scale_grid == tuple(range(0, 201, 20))
     assert experiment.steering.methods == ("caa", "sae", "sae_ts")
+
+
+def test_a_relative_path_in_an_override_is_taken_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    changed = load_experiment("tiny", ["effects.calibration_text=mine.txt", "sae.loader=folder", "sae.path=sae"])
+    assert changed.effects.calibration_text == str(tmp_path / "mine.txt")
+    assert changed.sae.path == str(tmp_path / "sae")
+
+
+def test_numbers_that_are_none_are_refused() -> None:
+    with pytest.raises(InputError, match="finite"):
+        load_experiment("tiny", ["effects.loss_increase=nan"])
+
+
+def test_a_source_without_a_kind_is_a_decoder() -> None:
+    changed = load_experiment("tiny", ["effects.sources=[{start=3, stop=5}, {kind='random', count=2}]"])
+    assert [source.kind for source in changed.effects.sources] == ["decoder", "random"]

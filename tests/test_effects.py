@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saets.config import Experiment, load_experiment
-from saets.effects import BASELINE, EffectWorker, Measurement, baseline_items, effect_of, vector_items
+from saets.effects import BASELINE, EffectWorker, Failure, Measurement, baseline_items, effect_of, vector_items
 from saets.errors import InputError
 from saets.records import VectorItem, vector_id
 from saets.rollout import RolloutEngine, Row
@@ -245,3 +245,14 @@ def test_the_row_of_an_effect_holds_the_difference_and_both_standard_errors(
 def test_an_effect_beyond_the_range_of_float16_is_refused(together: list[Measurement]) -> None:
     with pytest.raises(InputError, match="exceeds 65504"):
         effect_rows(together[:1], np.full(64, -7e4, dtype=np.float32), 0.0)
+
+
+def test_a_vector_that_breaks_the_model_fails_alone() -> None:
+    experiment = load_experiment("tiny", ["model.dtype=float16", "model.device=cpu", "effects.fixed_scale=3e5"])
+    worker = EffectWorker(experiment)
+    broken, sound = vector_items(experiment, 32)[0], baseline_items(experiment, 32)[0]
+    failure, measured = worker.measure([broken, sound])
+    assert isinstance(failure, Failure)
+    assert "not finite at scale 300000" in failure.reason
+    assert isinstance(measured, Measurement)
+    assert np.array_equal(measured.mean, worker.measure([sound, sound])[1].mean)

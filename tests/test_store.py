@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from saets.config import Experiment
+from saets.config import Experiment, load_experiment
 from saets.errors import InputError
 from saets.store import Appender, RunFolder, Table, differing_keys
 
@@ -184,13 +184,13 @@ def test_an_appender_without_records_writes_nothing(table: Table) -> None:
 
 def test_a_new_run_folder_holds_the_experiment_and_a_manifest(tmp_path: Path, tiny_experiment: Experiment) -> None:
     run = RunFolder.create(tmp_path / "runs" / "first", tiny_experiment, SETTINGS)
-    assert names(run.path) == ["experiment.toml", "manifest.json"]
+    assert names(run.path) == [".lock", "experiment.toml", "manifest.json"]
     manifest = run.manifest()
     assert manifest["effects"]["settings"] == SETTINGS
     assert manifest["seed"] == 0
     assert manifest["versions"]["python"] == ".".join(str(part) for part in sys.version_info[:3])
     assert {"torch", "transformers", "ray"} <= set(manifest["versions"])
-    opened, experiment = RunFolder.open(run.path)
+    opened, experiment = RunFolder(run.path), load_experiment(run.path)
     assert experiment == tiny_experiment
     assert opened.manifest() == manifest
 
@@ -209,7 +209,7 @@ def test_entries_of_the_manifest_come_back_equal_and_keep_their_neighbours(tmp_p
         "fit": {"penalty": 0.01, "rows": 3, "errors": {"0.01": 0.5}},
         "effects": {"settings": SETTINGS, "shape": {"rows_per_step": 24}},
     }
-    assert names(tmp_path) == ["experiment.toml", "manifest.json"]
+    assert names(tmp_path) == [".lock", "experiment.toml", "manifest.json"]
 
 
 def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, tiny_experiment: Experiment) -> None:
