@@ -46,17 +46,9 @@ class GenerationItem:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """A completion: the new text only, without prompt and special tokens."""
+class Generation(GenerationItem):
+    """An item and its completion: the new text only, without prompt and special tokens."""
 
-    generation_id: str
-    goal: str
-    method: str
-    vector_id: str
-    scale: float
-    prompt: str
-    sample: int
-    seed: int
     completion: str
 
 
