@@ -296,9 +296,7 @@ def _show_outcome(session: Session) -> None:
 
     names = plots.display_names()
     outcome = read_outcome(session)
-    table = Table(
-        "goal", "method", "score", "95% interval", "scale", "behaviour x coherence, best scale", box=None, pad_edge=False
-    )
+    table = Table("goal", "method", "score", "95% interval", "scale", "optimistic max", box=None, pad_edge=False)
     for row in outcome.summary.iter_rows(named=True):
         table.add_row(
             escape(row["goal"]),

@@ -45,7 +45,7 @@ SAE = {"d_sae": 4096, "k": 32, "lr": 8e-4, "batch": 512, "epochs": 3}
 
 MAX_NORM = 400.0
 """One token in a thousand has a residual stream 100 times longer than the others; it would be all that the SAE learns."""
-VECTORS = 480
+VECTORS = 304
 """Decoder rows whose effects are shipped."""
 LIVE_DENSITY = 0.0005
 """A feature that fires less often on held-out tokens is not drawn."""
