@@ -166,7 +166,7 @@ class Effects(Section):
 class Fit(Section):
     """Stage 2: the linear map from vectors to effects."""
 
-    penalties: tuple[float, ...] = Field(tuple(10.0**p for p in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0)), min_length=1)
+    penalties: tuple[float, ...] = Field(tuple(10.0 ** (p / 2) for p in range(-8, 7)), min_length=1)
     """Ridge penalties tried, as multiples of the mean eigenvalue of the vectors' centred Gram matrix."""
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the rows, drawn at random by seed, that chooses the penalty and is reported."""
