@@ -6,6 +6,7 @@ import logging
 import os
 
 import ray
+import ray.data  # sets up its loggers when imported, so before their levels are set here
 
 from saets.config import Execution
 from saets.errors import InputError
