@@ -84,13 +84,14 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def model_shape(spec: Model) -> tuple[int, int, int]:
-    """(d_model, number of blocks, vocabulary size), read from the model's config without its weights."""
+    """(d_model, number of blocks, vocabulary size), read from the model's config without its weights.
+
+    A GGUF file is converted first, once a machine, so that many workers do not do it at the same time.
+    """
     if spec.loader == "random":
         return spec.random.d_model, spec.random.n_layers, ByteTokenizer.size
     if spec.loader == "gguf":
-        found = _gguf_file(spec.name)
-        cached = _conversion_folder(found) / "config.json"
-        config = AutoConfig.from_pretrained(cached.parent) if cached.is_file() else _gguf_config(found)
+        config = AutoConfig.from_pretrained(_converted(_gguf_file(spec.name)))
     else:
         config = _from_hub(AutoConfig.from_pretrained, spec)
     text = config.get_text_config()
@@ -270,11 +271,6 @@ def _gguf_file(package: str) -> Path:
     if len(files) != 1:
         raise InputError(f"package {package} carries {len(files)} .gguf files; expected one")
     return files[0]
-
-
-def _gguf_config(file: Path) -> Any:
-    with _quiet():
-        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def _conversion_folder(file: Path) -> Path:
