@@ -32,8 +32,9 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights were read before the bad input was found")
 
-    monkeypatch.setattr(model, "load_model", refuse)
-    monkeypatch.setattr(sae, "load_sae", refuse)
+    for loaders in (model.LOADERS, sae.LOADERS):
+        for name in loaders:
+            monkeypatch.setitem(loaders, name, refuse)
     monkeypatch.setattr("ray.init", refuse)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
