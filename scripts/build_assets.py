@@ -106,7 +106,7 @@ def own_writing(work: Path) -> None:
     prompts = [*itertools.islice(itertools.cycle(prompts), TOKENS["own"] // CHUNK - 20 * len(FRENCH))] + list(FRENCH) * 20
     rows = [Row(prompt, row_seed(SEED, "own", i)) for i, prompt in enumerate(prompts)]
     started, batch = time.monotonic(), 336
-    with _whole(work / "own.jsonl") as file:
+    with _WholeFile(work / "own.jsonl") as file:
         for at in range(0, len(rows), batch):
             part = rows[at : at + batch]
             tokens = engine.run(part, torch.zeros(len(part), model.cfg.d_model), CHUNK)
@@ -285,10 +285,6 @@ STEPS = {
 def _target(goal: str) -> Features:
     features = load_goal(goal).features.get("smollm2")
     return features.target if features else ()
-
-
-def _whole(path: Path) -> _WholeFile:
-    return _WholeFile(path)
 
 
 class _WholeFile:
