@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from saets.errors import InputError
+from saets.shapes import Float
 
 
 @dataclass(frozen=True)

@@ -1,156 +1,198 @@
 """How strongly to steer: the scale at which a vector has a fixed effect on the model's next-token loss.
 
 The residual stream of the calibration text is the same for every vector and scale, so it is computed once; each loss then
-runs only the blocks above the hook (identity 2 of the method).
+runs only the blocks above the hook (identity 2 of the method). The last token of a chunk predicts nothing and is left out.
+Losses of many vectors and scales share a pass, whose shape is always the same.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from saets.config import DATASET, Effects, packaged
+from saets.decoder import Decoder
 from saets.errors import InputError
-from saets.model import check_hook, encode, upper_half
+from saets.shapes import Float, Int
 
-LOSS_BATCH = 64
-"""Chunks run together."""
+PASS_ROWS = {"cpu": 64, "cuda": 256}
+"""Chunks in one pass, by kind of device; on a CPU never more than one vector has, since a larger pass gains nothing there."""
+
+LOGITS_AT_ONCE = 64
+"""Rows of logits that a loss reads at once: few enough to stay in a CPU's cache."""
 
 
-class NotFinite(ArithmeticError):
-    """Steering by this vector makes the model's loss NaN or infinite."""
+PAPER_GRID = tuple(20.0 * step for step in range(11))
+"""The reference's scales."""
+
+
+class ScaleRule(NamedTuple):
+    """How a scale is chosen; one of the first three is given."""
+
+    loss_increase: float | None = None
+    """Raise the mean next-token loss by this much over the unsteered one (the paper's 0.5)."""
+    target_loss: float | None = None
+    """Raise it to this (the released code's 4.0 and 3.5 on Gemma)."""
+    fixed_scale: float | None = None
+    """No search."""
+    grid: tuple[float, ...] = PAPER_GRID
+    """Scales, rising from 0."""
+    search: Literal["bracket", "scan"] = "bracket"
+    """`scan` measures grid points in order, as the reference does; `bracket` goes straight for the two around the crossing."""
 
 
 class Calibration(NamedTuple):
     """The outcome for one vector."""
 
     scale: float
-    """L2 length to add to the residual stream."""
+    """L2 length to add to the residual stream; NaN where `outcome` is `not_finite`."""
     loss: float
     """Mean next-token loss at that scale: measured, or where the line between two grid points meets the target."""
-    outcome: Literal["ok", "capped", "fixed"]
-    """`ok`: target met; `capped`: never reached on the grid, the scale is the grid's end; `fixed`: no calibration."""
+    outcome: Literal["ok", "capped", "fixed", "not_finite"]
+    """`ok`: target met; `capped`: never reached on the grid, the scale is the grid's end; `fixed`: no search; `not_finite`: the
+    loss is NaN or infinite at `failed_at`."""
+    failed_at: float | None = None
+    """The scale that broke the model."""
 
 
 class Calibrator:
     """Finds scales for one model, hook and calibration text."""
 
-    @torch.no_grad()
-    def __init__(self, model: Any, hook_name: str, settings: Effects) -> None:
-        """Runs the calibration text once.
+    def __init__(self, decoder: Decoder, tokens: Int[Tensor, "chunks length"], rule: ScaleRule) -> None:
+        """Runs the calibration text, BOS in front of each chunk, once through the blocks below the hook and once through all.
 
         Raises:
-            InputError: text missing or too short, or a target that the unsteered model already exceeds.
+            InputError: a target that the unsteered model already exceeds.
         """
-        check_hook(model, hook_name)
-        self.model, self.hook_name, self.settings = model, hook_name, settings
-        device = next(model.original_model.parameters()).device
-        self._tokens = calibration_tokens(model.tokenizer, settings).to(device)
-        stop = int(hook_name.split(".")[1]) + 1
-        self._residual = [
-            model.run_with_cache(part, names_filter=hook_name, stop_at_layer=stop)[1][hook_name]
-            for part in self._tokens.split(LOSS_BATCH)
-        ]
-        self.unsteered_loss = self.loss(torch.zeros(model.cfg.d_model), 0.0)
+        self.decoder, self.rule = decoder, rule
+        self._tokens = tokens.to(decoder.device)
+        rows = PASS_ROWS.get(decoder.device.type, 64)
+        self._rows = min(rows, len(tokens)) if decoder.device.type == "cpu" else rows
+        self._residual = torch.cat([decoder.lower(part)[:, :-1] for part in self._tokens.split(self._rows)])
+        """h_L before steering, [chunks, length - 1, d_model]."""
+        self.unsteered_loss = self.losses([(torch.zeros(decoder.d_model), 0.0)])[0]
         """Mean next-token loss at scale 0: one number for the whole run."""
-        if settings.target_loss is not None and settings.target_loss <= self.unsteered_loss:
+        if rule.target_loss is not None and rule.target_loss <= self.unsteered_loss:
             raise InputError(
-                f"effects.target_loss is {settings.target_loss}, but the unsteered loss on the calibration text is already "
+                f"effects.target_loss is {rule.target_loss}, but the unsteered loss on the calibration text is already "
                 f"{self.unsteered_loss:.3f}; give a higher target or effects.loss_increase"
             )
 
-    @torch.no_grad()
-    def loss(self, direction: Float[Tensor, " d_model"], scale: float) -> float:
-        """Mean next-token loss in nats over the calibration text, steered at every position, BOS included."""
-        total, count = 0.0, 0
-        for tokens, residual in zip(self._tokens.split(LOSS_BATCH), self._residual, strict=True):
-            added = (scale * direction).to(residual)
-            with upper_half(self.model, self.hook_name, residual + added) as upper:
-                logits = upper(tokens)
-            total += next_token_losses(logits, tokens).sum().item()
-            count += tokens[:, 1:].numel()
-        return total / count
-
-    def calibrate(self, direction: Float[Tensor, " d_model"]) -> Calibration:
-        """The scale of the unit vector `direction`.
-
-        The grid is tried in order until the loss first exceeds the target; the scale lies on the line between that point
-        and the one before. Never extrapolated: a target that is not reached gives the grid's end, `capped`.
-
-        Raises:
-            NotFinite: the loss is NaN or infinite at a scale that was tried.
-        """
-        settings = self.settings
-        if settings.fixed_scale is not None:
-            return Calibration(settings.fixed_scale, self._finite_loss(direction, settings.fixed_scale), "fixed")
-        target = self.target
-        before = (settings.scale_grid[0], self.unsteered_loss)
-        for scale in settings.scale_grid[1:]:
-            loss = self._finite_loss(direction, scale)
-            if loss > target:
-                share = (target - before[1]) / (loss - before[1])
-                return Calibration(before[0] + share * (scale - before[0]), target, "ok")
-            before = (scale, loss)
-        return Calibration(*before, "capped")
-
-    def _finite_loss(self, direction: Float[Tensor, " d_model"], scale: float) -> float:
-        loss = self.loss(direction, scale)
-        if not math.isfinite(loss):
-            raise NotFinite(f"the model's loss is not finite at scale {scale:g}")
-        return loss
+        self._first = len(rule.grid) // 2
+        """Which grid scale `bracket` measures first: where a random direction, the same for all workers, crosses the target."""
+        if rule.fixed_scale is None and rule.search == "bracket":
+            pilot = torch.randn(decoder.d_model, generator=torch.Generator().manual_seed(0))
+            found = self.calibrate([pilot / pilot.norm()])[0]
+            if found.outcome == "ok":
+                self._first = bisect.bisect_left(rule.grid, found.scale)
 
     @property
     def target(self) -> float:
         """The loss that calibration aims at."""
-        if self.settings.target_loss is not None:
-            return self.settings.target_loss
-        return self.unsteered_loss + (self.settings.loss_increase or 0.0)
+        if self.rule.target_loss is not None:
+            return self.rule.target_loss
+        return self.unsteered_loss + (self.rule.loss_increase or 0.0)
+
+    @torch.no_grad()
+    def losses(self, steered: Sequence[tuple[Float[Tensor, " d_model"], float]]) -> list[float]:
+        """Mean next-token loss in nats over the calibration text for each (unit vector, scale), at every position, BOS included.
+
+        Each figure is the same whatever it is computed together with.
+        """
+        chunks = len(self._tokens)
+        added = torch.stack([scale * direction for direction, scale in steered]).to(self._residual)
+        sums: list[Tensor] = []
+        jobs = torch.arange(len(steered) * chunks, device=self.decoder.device)
+        for part in jobs.split(self._rows):
+            filled = torch.cat([part, part[-1:].expand(self._rows - len(part))])
+            tokens, which = self._tokens[filled % chunks], filled // chunks
+            logits = self.decoder.upper(tokens[:, :-1], self._residual[filled % chunks] + added[which, None])
+            sums.append(token_losses(logits, tokens[:, 1:]).double().sum(dim=1)[: len(part)])
+        per_vector = torch.cat(sums).view(len(steered), chunks).sum(dim=1)
+        return (per_vector / self._tokens[:, 1:].numel()).tolist()
+
+    def calibrate(self, directions: Sequence[Float[Tensor, " d_model"]]) -> list[Calibration]:
+        """The scale of each unit vector.
+
+        `ok` is the reference's rule: the first grid scale whose loss exceeds the target, and from there back along the line to
+        the grid point before. Never extrapolated: a target that is not reached gives the grid's end, `capped`. The search
+        `bracket` takes the loss to rise with the scale, and then finds the same two points in fewer passes.
+        """
+        if not directions:
+            return []
+        if self.rule.fixed_scale is not None:
+            scale = self.rule.fixed_scale
+            found = self.losses([(direction, scale) for direction in directions])
+            return [_finite(Calibration(scale, loss, "fixed"), scale) for loss in found]
+        searches = [_Search(self.rule, self.unsteered_loss, self.target, self._first) for _ in directions]
+        while any(asking := [search.wanted() for search in searches]):
+            points = [(i, scale) for i, scales in enumerate(asking) for scale in scales]
+            found = self.losses([(directions[i], scale) for i, scale in points])
+            for (i, scale), loss in zip(points, found, strict=True):
+                searches[i].take(scale, loss)
+        return [search.outcome() for search in searches]
 
 
-def next_token_losses(logits: Float[Tensor, "rows pos d_vocab"], tokens: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos-1"]:
-    """Cross entropy in nats of each token given those before it; the first token has none."""
-    flat = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    return flat.view(tokens.shape[0], tokens.shape[1] - 1)
+class _Search:
+    """The search for one vector's crossing: grid points measured so far, and which are wanted next."""
+
+    def __init__(self, rule: ScaleRule, unsteered_loss: float, target: float, first: int) -> None:
+        self._first = first
+        self._grid, self._target, self._scan = rule.grid, target, rule.search == "scan"
+        self._losses = {0: unsteered_loss}
+        self._broken: float | None = None
+
+    def take(self, scale: float, loss: float) -> None:
+        """A measured loss; one that is not finite counts as beyond the target."""
+        self._losses[self._grid.index(scale)] = loss if math.isfinite(loss) else math.inf
+
+    def _bracket(self) -> tuple[int, int]:
+        """The highest measured point from which the loss has not exceeded the target, and the lowest above it that has."""
+        above = min((i for i, loss in self._losses.items() if loss > self._target), default=len(self._grid))
+        return max(i for i in self._losses if i < above), above
+
+    def wanted(self) -> list[float]:
+        """Grid scales to measure next; none when the crossing is found."""
+        below, above = self._bracket()
+        if above - below <= 1:
+            return []
+        if self._scan:
+            return [self._grid[below + 1]]
+        return [self._grid[i] for i in self._guess(below, above)]
+
+    def _guess(self, below: int, above: int) -> list[int]:
+        """Where the crossing should be if the loss rises with the square of the scale; both points around it where that helps."""
+        known = max(i for i in self._losses if i <= min(above, len(self._grid) - 1) and math.isfinite(self._losses[i]))
+        if known == 0:
+            return [self._first if below < self._first < above else (below + above) // 2]
+        rise = max(self._losses[known] - self._losses[0], 1e-9)
+        scale = self._grid[known] * math.sqrt(max(self._target - self._losses[0], 0) / rise)
+        high = min(max(bisect.bisect_left(self._grid, scale), below + 1), above)
+        points = {high - 1, high} - self._losses.keys()
+        return sorted(i for i in points if below < i < min(above, len(self._grid)))
+
+    def outcome(self) -> Calibration:
+        """The scale, once `wanted` is empty."""
+        below, above = self._bracket()
+        if above == len(self._grid):
+            return Calibration(self._grid[below], self._losses[below], "capped")
+        if not math.isfinite(self._losses[above]):
+            return Calibration(math.nan, math.nan, "not_finite", self._grid[above])
+        share = (self._target - self._losses[below]) / (self._losses[above] - self._losses[below])
+        return Calibration(self._grid[below] + share * (self._grid[above] - self._grid[below]), self._target, "ok")
 
 
-def calibration_tokens(tokenizer: Any, settings: Effects) -> Int[Tensor, "chunks length"]:
-    """The calibration text in chunks of `calibration_length` tokens, each BOS and then a run of one passage's tokens."""
-    length = settings.calibration_length
-    chunks: list[list[int]] = []
-    for passage in _passages(settings.calibration_text):
-        bos, *tokens = encode(tokenizer, passage)
-        for at in range(0, len(tokens) - length + 2, length - 1):
-            chunks.append([bos, *tokens[at : at + length - 1]])
-            if len(chunks) == settings.calibration_chunks:
-                return torch.tensor(chunks)
-    raise InputError(
-        f"calibration text {settings.calibration_text} gives {len(chunks)} chunks of {length} tokens; "
-        f"effects.calibration_chunks asks for {settings.calibration_chunks}: give a longer text or ask for fewer"
-    )
+def _finite(found: Calibration, scale: float) -> Calibration:
+    return found if math.isfinite(found.loss) else Calibration(math.nan, math.nan, "not_finite", scale)
 
 
-def _passages(source: str) -> Iterable[str]:
-    if source.startswith(DATASET):
-        return _dataset(source.removeprefix(DATASET))
-    path = packaged(source)
-    if not path.is_file():
-        raise InputError(f"no such calibration text: {path}")
-    return path.read_text(encoding="utf-8").splitlines()
-
-
-def _dataset(name: str) -> Iterable[str]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, split="train", streaming=True)
-        return (row["text"] for row in rows)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"calibration dataset {name!r} could not be opened: {str(error).strip().splitlines()[0]} "
-            "Set effects.calibration_text to a text file, or run where the hub can be reached"
-        ) from error
+def token_losses(logits: Float[Tensor, "rows pos d_vocab"], tokens: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos"]:
+    """Cross entropy in nats of the tokens that the logits predict, in float32."""
+    flat, wanted = logits.flatten(0, 1), tokens.flatten()
+    parts = [part.float().logsumexp(dim=-1) for part in flat.split(LOGITS_AT_ONCE)]
+    chosen = flat.gather(1, wanted[:, None]).squeeze(1).float()
+    return (torch.cat(parts) - chosen).view(tokens.shape)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from saets.config import DATASET, Experiment, packaged
 from saets.errors import InputError
 from saets.goal import Goal, goal_features, load_goal
+from saets.hooks import blocks_below, layer_of
 from saets.judge.choice import check_judge
 from saets.methods import needs
-from saets.model import blocks_below, model_shape, resolve_device
+from saets.model import model_shape, resolve_device
 from saets.sae import check_sae, sae_width
 
 
@@ -20,7 +21,7 @@ def check_experiment(experiment: Experiment) -> None:
     below = blocks_below(experiment.hook_name)
     resolve_device(experiment.model.device)
     d_model, n_layers, d_vocab = model_shape(experiment.model)
-    layer = int(experiment.hook_name.split(".")[1])
+    layer = layer_of(experiment.hook_name)
     if layer >= n_layers:
         raise InputError(f"hook_name {experiment.hook_name!r}: the model has blocks 0 to {n_layers - 1}")
     if below == 0:

@@ -83,6 +83,8 @@ class Sae(Section):
     """Folder with cfg.json and sae_weights.safetensors."""
     d_sae: int = Field(64, ge=1)
     """Width of the `random` SAE."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision in which it encodes, whatever the model's."""
 
     @model_validator(mode="after")
     def _complete(self) -> Sae:
@@ -148,6 +150,13 @@ class Effects(Section):
     calibration_chunks: int = Field(128, ge=1)
     """Chunks of `calibration_length` tokens (BOS included) used."""
     calibration_length: int = Field(32, ge=2)
+    scale_search: Literal["bracket", "scan"] = "bracket"
+    """`scan` measures grid scales in order as the reference does; `bracket` finds the same crossing in fewer passes where the
+    loss rises with the scale."""
+    noise: Literal["own", "baseline"] = "own"
+    """Sampling noise of a vector's rollouts: its own, or that of one of the baseline's blocks."""
+    standard_errors: Literal["rms", "features"] = "rms"
+    """What is kept of an effect's standard errors: the root mean square over features, or also one a feature."""
     shipped: str | None = None
     """Folder of measured effects to fit together with one's own."""
 
@@ -234,8 +243,9 @@ class Execution(Section):
     """Actors, each with its own model and SAE."""
     gpus_per_actor: float = Field(0.0, ge=0)
     cpus_per_actor: float = Field(1.0, gt=0)
-    rows: int = Field(896, ge=1)
-    """Rows decoded together by one actor, rounded to whole vectors; the last batch is filled up."""
+    rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Rows decoded together by one actor, rounded to whole vectors; the last batch is filled up. `auto` takes what the free
+    memory holds; a run goes on with what it began with."""
 
 
 class Experiment(Section):

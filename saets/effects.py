@@ -2,30 +2,36 @@
 
 The effect of a vector is the mean of f(h_L) over all rollouts and all positions, steered text minus unsteered text, where f
 is the SAE encoder and h_L the unsteered model's residual stream of the text (paper, section 3). h_L is caught while the text is
-generated. The BOS position is the same in both and cancels exactly; it counts in the mean's length but is left out of the
-sums, where its large norm would only add rounding error.
+generated. BOS and prompt positions are the same in both and cancel exactly; they count in the mean's length but are left out of
+the sums, where BOS with its large norm would only add rounding error.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saets.calibration import Calibration, Calibrator, NotFinite
+from saets.batch import Row
+from saets.calibration import Calibration, Calibrator, ScaleRule
+from saets.calibration_text import calibration_tokens
 from saets.config import DecoderRows, Effects, Experiment, RandomVectors
 from saets.errors import InputError
-from saets.model import check_hook, load_model, weights_hash
+from saets.memory import is_out_of_memory, most_rows, rows_that_fit
+from saets.model import load_model, weights_hash
 from saets.records import VectorItem, unit, vector_id
-from saets.rollout import RolloutEngine, Row
+from saets.rollout import RolloutEngine
 from saets.sae import load_sae
 from saets.sampling import row_seed
+from saets.shapes import Float
+
+logger = logging.getLogger(__name__)
 
 BASELINE = "baseline"
 """Source of the items that measure unsteered text; item i is block i of the run's one shared baseline."""
@@ -37,9 +43,11 @@ class Measurement:
 
     item: VectorItem
     mean: NDArray[np.float32]
-    """[d_sae], over rollouts and positions (BOS counted, its activations left out)."""
+    """[d_sae], over rollouts and positions; BOS and prompt positions count in the length, their activations are left out."""
     error_variance: float
     """Squared standard error of `mean` over rollouts, averaged over features."""
+    feature_error_variance: NDArray[np.float32] | None
+    """The same for each feature, [d_sae]; None unless `effects.standard_errors` asks for it."""
     calibration: Calibration
     unsteered_loss: float
     n_rollouts: int
@@ -56,89 +64,132 @@ class Failure(NamedTuple):
 class EffectWorker:
     """Holds one model and one SAE, loaded once; turns items into measurements. Knows nothing of where it runs."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, rows: int | None = None) -> None:
         """Loads the model and the SAE and runs the calibration text.
 
+        `rows` is the number of rows a step that an earlier run recorded; by default `execution.rows`, and where that is `auto`
+        as many as the free memory holds.
+
         Raises:
-            InputError: see `load_model`, `load_sae`, `RolloutEngine` and `Calibrator`.
+            InputError: see `load_model`, `load_sae`, `RolloutEngine`, `calibration_tokens` and `Calibrator`.
         """
         settings = experiment.effects
         self.experiment = experiment
         self.model = load_model(experiment.model)
-        check_hook(self.model, experiment.hook_name)
         self.engine = RolloutEngine(self.model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
         self.sae = load_sae(experiment.sae, self.model.cfg.d_model, self.engine.device)
-        self.calibrator = Calibrator(self.model, experiment.hook_name, settings)
+        self.calibrator = Calibrator(
+            self.engine.decoder, calibration_tokens(self.model.tokenizer, settings), scale_rule(settings)
+        )
+        self.rows = rows_per_step(rows or self._rows(), rollouts_per_vector(settings))
+        """Rows decoded in one step; halved each time memory runs out."""
+
+    def _rows(self) -> int:
+        execution = self.experiment.execution
+        if execution.rows != "auto":
+            return execution.rows
+        share = 1.0 / execution.actors if self.engine.device.type == "cpu" else 1.0
+        return rows_that_fit(self.engine.decoder, self.experiment.effects.length, self.sae.cfg.d_sae, share=share)
 
     def measure(self, items: Sequence[VectorItem]) -> list[Measurement | Failure]:
-        """One result an item, in order. All items are rolled out together; the batch's shape is the experiment's.
+        """One result an item, in order. The shape of every step is `rows`, whatever the number of items.
 
-        A vector whose loss or activations are not finite is a `Failure`, and leaves its neighbours alone.
+        A vector whose loss or activations are not finite is a `Failure`, and leaves its neighbours alone. Where memory runs
+        out, `rows` is halved for good and the items are rolled out again.
         """
-        calibrations = [self._calibrate(item) for item in items]
-        scales = [found.scale if isinstance(found, Calibration) else 0.0 for found in calibrations]
-        scaled = np.stack([item.direction * np.float32(scale) for item, scale in zip(items, scales, strict=True)])
-        sums = self._feature_sums(items, torch.from_numpy(scaled))
+        calibrations = self._calibrate(items)
+        scales = [0.0 if found.outcome == "not_finite" else found.scale for found in calibrations]
+        while True:
+            try:
+                sums = self._feature_sums(items, scales)
+                break
+            except RuntimeError as error:
+                if self.rows == 1 or not is_out_of_memory(error):
+                    raise
+                halved = rows_per_step(self.rows // 2, rollouts_per_vector(self.experiment.effects))
+                logger.warning("out of memory at %d rows a step; going on with %d", self.rows, halved)
+                self.rows = halved
+        return [
+            self._result(item, calibration, rollouts)
+            for item, calibration, rollouts in zip(items, calibrations, sums, strict=True)
+        ]
+
+    def _calibrate(self, items: Sequence[VectorItem]) -> list[Calibration]:
+        unsteered = Calibration(0.0, self.calibrator.unsteered_loss, "fixed")
+        steered = [item for item in items if item.source != BASELINE]
+        found = iter(self.calibrator.calibrate([torch.from_numpy(item.direction) for item in steered]))
+        return [unsteered if item.source == BASELINE else next(found) for item in items]
+
+    def _result(
+        self, item: VectorItem, calibration: Calibration, sums: Float[Tensor, "prompts rollouts d_sae"]
+    ) -> Measurement | Failure:
         settings = self.experiment.effects
-        per_rollout = sums.view(len(items), len(settings.prompts), settings.rollouts, -1) / settings.length
-        results: list[Measurement | Failure] = []
-        for item, calibration, rollouts in zip(items, calibrations, per_rollout, strict=True):
-            if isinstance(calibration, Failure):
-                results.append(calibration)
-                continue
-            mean = rollouts.mean(dim=(0, 1))
-            if not torch.isfinite(mean).all():
-                results.append(Failure(item, f"activations are not finite at scale {calibration.scale:.6g}"))
-                continue
-            results.append(
-                Measurement(
-                    item=item,
-                    mean=mean.cpu().numpy(),
-                    error_variance=_error_variance(rollouts),
-                    calibration=calibration,
-                    unsteered_loss=self.calibrator.unsteered_loss,
-                    n_rollouts=rollouts_per_vector(settings),
-                    n_tokens=rollouts_per_vector(settings) * settings.length,
-                )
-            )
-        return results
+        if calibration.outcome == "not_finite":
+            return Failure(item, f"the model's loss is not finite at scale {calibration.failed_at:g}")
+        rollouts = sums / settings.length
+        mean = rollouts.mean(dim=(0, 1))
+        if not torch.isfinite(mean).all():
+            return Failure(item, f"activations are not finite at scale {calibration.scale:.6g}")
+        variance = _error_variance(rollouts)
+        return Measurement(
+            item=item,
+            mean=mean.cpu().numpy(),
+            error_variance=variance.mean().item(),
+            feature_error_variance=variance.cpu().numpy() if settings.standard_errors == "features" else None,
+            calibration=calibration,
+            unsteered_loss=self.calibrator.unsteered_loss,
+            n_rollouts=rollouts_per_vector(settings),
+            n_tokens=rollouts_per_vector(settings) * settings.length,
+        )
 
-    def _calibrate(self, item: VectorItem) -> Calibration | Failure:
-        if item.source == BASELINE:
-            return Calibration(0.0, self.calibrator.unsteered_loss, "fixed")
-        try:
-            return self.calibrator.calibrate(torch.from_numpy(item.direction))
-        except NotFinite as error:
-            return Failure(item, str(error))
+    def _feature_sums(self, items: Sequence[VectorItem], scales: Sequence[float]) -> list[Tensor]:
+        """For each item the feature activations of its rollouts, summed over generated positions, [prompts, rollouts, d_sae].
 
-    @torch.no_grad()
-    def _feature_sums(self, items: Sequence[VectorItem], scaled: Float[Tensor, "items d_model"]) -> Float[Tensor, "rows d_sae"]:
-        """Feature activations of every rollout summed over its positions but BOS; rows by item, prompt, sample.
-
-        Rows run in pieces of one shape: the experiment's rows a step, with the last piece filled up, so that the last bits
-        of a row do not depend on how many vectors it was measured with.
+        Steps have one shape: whole vectors where they fit, with the last vector repeated to fill up; else pieces of one vector,
+        with its last row repeated. So the last bits of a row do not depend on how many vectors it was measured with.
         """
-        settings, total = self.experiment.effects, len(items) * rollouts_per_vector(self.experiment.effects)
-        rows = [
-            Row(prompt, row_seed(self.experiment.seed, "effects", item.vector_id, which, sample))
-            for item in items
+        settings = self.experiment.effects
+        each = rollouts_per_vector(settings)
+        together = max(1, self.rows // each)
+        sums: list[Tensor] = []
+        for start in range(0, len(items), together):
+            some = range(start, min(start + together, len(items)))
+            filled = [*some, *[some[-1]] * (together - len(some))]
+            vectors = torch.from_numpy(np.stack([items[i].direction * np.float32(scales[i]) for i in filled]))
+            rows = [row for place, i in enumerate(filled) for row in self._rollouts(items[i], place)]
+            pieces = [rows[at : at + self.rows] for at in range(0, len(rows), self.rows)]
+            pieces[-1] += [pieces[-1][-1]] * (self.rows - len(pieces[-1]))
+            acts = [self.engine.run(piece, vectors, settings.length, self._encode).sums for piece in pieces]
+            whole = torch.cat([part for part in acts if part is not None])[: len(some) * each]
+            sums.extend(whole.view(len(some), len(settings.prompts), settings.rollouts, -1))
+        return sums
+
+    def _rollouts(self, item: VectorItem, place: int) -> list[Row]:
+        settings = self.experiment.effects
+        owner = noise_owner(item, settings)
+        return [
+            Row(prompt, row_seed(self.experiment.seed, "effects", owner, which, sample), place)
             for which, prompt in enumerate(settings.prompts)
             for sample in range(settings.rollouts)
         ]
-        owner = torch.arange(len(items)).repeat_interleave(rollouts_per_vector(settings))
-        shape = rows_per_step(self.experiment)
-        sums = []
-        for start in range(0, total, shape):
-            take = torch.arange(start, start + shape).clamp(max=total - 1)
-            acts = torch.zeros(shape, self.sae.cfg.d_sae, device=self.engine.device)
 
-            def add(position: int, residual: Tensor, acts: Tensor = acts) -> None:
-                if position > 0:
-                    acts += self.sae.encode(residual.float())
+    def _encode(self, residual: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_sae"]:
+        encoded: Tensor = self.sae.encode(residual.to(self.sae.W_dec.dtype))
+        return encoded.float()
 
-            self.engine.run([rows[i] for i in take.tolist()], scaled[owner[take]], settings.length, add)
-            sums.append(acts[: total - start])
-        return torch.cat(sums)
+
+def noise_owner(item: VectorItem, settings: Effects) -> str:
+    """Whose noise the item's rollouts use: their own, or by `effects.noise = "baseline"` that of one block of the baseline."""
+    if item.source == BASELINE or settings.noise == "own":
+        return item.vector_id
+    return f"{BASELINE}-{int(item.vector_id, 16) % settings.baseline_blocks}"
+
+
+def scale_rule(settings: Effects) -> ScaleRule:
+    """The settings that say how scales are found."""
+    return ScaleRule(
+        settings.loss_increase, settings.target_loss, settings.fixed_scale, settings.scale_grid, settings.scale_search
+    )
 
 
 def rollouts_per_vector(settings: Effects) -> int:
@@ -147,13 +198,16 @@ def rollouts_per_vector(settings: Effects) -> int:
 
 
 def vectors_per_batch(experiment: Experiment) -> int:
-    """How many vectors share one batch, from the experiment's rows a step; at least one."""
-    return max(1, experiment.execution.rows // rollouts_per_vector(experiment.effects))
+    """How many vectors a worker is given at once, from the experiment's rows a step; at least one."""
+    rows = experiment.execution.rows
+    if rows == "auto":
+        rows = most_rows("cuda" if experiment.execution.gpus_per_actor else "cpu")
+    return max(1, rows // rollouts_per_vector(experiment.effects))
 
 
-def rows_per_step(experiment: Experiment) -> int:
-    """Rows decoded in one step: whole vectors where they fit, else the experiment's rows."""
-    return min(experiment.execution.rows, vectors_per_batch(experiment) * rollouts_per_vector(experiment.effects))
+def rows_per_step(rows: int, rollouts: int) -> int:
+    """At most this many rows, in whole vectors of so many rollouts where one fits."""
+    return max(1, rows if rows < rollouts else rows // rollouts * rollouts)
 
 
 def effect_of(mean: NDArray[np.float32], baseline: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -204,16 +258,17 @@ def _decoder_rows(source: DecoderRows, d_sae: int) -> Sequence[int]:
     return rows
 
 
-def _error_variance(per_rollout: Float[Tensor, "prompts rollouts d_sae"]) -> float:
-    """Squared standard error of the mean over prompts and rollouts, averaged over features.
+def _error_variance(per_rollout: Float[Tensor, "prompts rollouts d_sae"]) -> Float[Tensor, " d_sae"]:
+    """Squared standard error of each feature's mean over prompts and rollouts.
 
     Prompts are fixed, so only the spread within a prompt counts; with one rollout a prompt there is none, and the spread over
     all rollouts stands in (too large rather than too small).
     """
     prompts, rollouts, _ = per_rollout.shape
     if rollouts > 1:
-        return (per_rollout.var(dim=1) / rollouts / prompts).mean().item()
-    return (per_rollout.flatten(0, 1).var(dim=0) / prompts).mean().item() if prompts > 1 else float("nan")
+        return per_rollout.var(dim=1).sum(dim=0) / rollouts / prompts**2
+    spread = per_rollout.flatten(0, 1)
+    return spread.var(dim=0) / prompts if prompts > 1 else torch.full_like(spread[0], torch.nan)
 
 
 def describe(worker: EffectWorker) -> dict[str, Any]:
@@ -221,7 +276,8 @@ def describe(worker: EffectWorker) -> dict[str, Any]:
     return {
         "model_hash": weights_hash(worker.model.original_model),
         "sae_hash": weights_hash(worker.sae),
-        "rows_per_step": rows_per_step(worker.experiment),
+        "decoder": type(worker.engine.decoder).__name__,
+        "rows_per_step": worker.rows,
         "dtype": str(worker.engine.dtype).removeprefix("torch."),
         "device": worker.engine.device.type,
         "threads": torch.get_num_threads(),

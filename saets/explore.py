@@ -12,12 +12,14 @@ import torch
 
 from saets import methods
 from saets.approximator import EffectApproximator
+from saets.batch import Row
 from saets.config import Experiment, load_experiment
 from saets.errors import InputError
-from saets.model import completion_text, encode, load_model
-from saets.rollout import RolloutEngine, Row
+from saets.model import load_model
+from saets.rollout import RolloutEngine
 from saets.sampling import row_seed
 from saets.store import RunFolder
+from saets.tokens import completion_text, encode
 from saets.vector import SteeringVector
 
 
@@ -81,10 +83,11 @@ class Run:
             raise InputError(f"the vector is for {vector.hook_name}; this run steers at {self.experiment.hook_name}")
         settings = self.experiment.evaluation
         engine = RolloutEngine(self.model, self.experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
-        added = torch.zeros(self.model.cfg.d_model) if vector is None else scale * vector.direction
+        added = None if vector is None else scale * vector.direction[None]
         start = len(encode(self.model.tokenizer, prompt))
-        rows = [Row(prompt, row_seed(seed, "complete", prompt, sample)) for sample in range(samples)]
-        tokens = engine.run(rows, added.expand(samples, -1), start + new_tokens)
+        which = None if vector is None else 0
+        rows = [Row(prompt, row_seed(seed, "complete", prompt, sample), which) for sample in range(samples)]
+        tokens = engine.run(rows, added, start + new_tokens).tokens
         return [completion_text(self.model.tokenizer, row[start:].tolist()) for row in tokens]
 
     def forecast(self, vector: SteeringVector, *, top: int = 10, features: Sequence[int] = ()) -> pl.DataFrame:

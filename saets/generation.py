@@ -9,11 +9,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from saets.batch import Row
 from saets.config import Experiment
 from saets.goal import Goal
-from saets.model import blocks_below, check_hook, completion_text, encode, load_model
+from saets.hooks import blocks_below
+from saets.model import load_model
 from saets.records import Generation, GenerationItem
-from saets.rollout import RolloutEngine, Row
+from saets.rollout import RolloutEngine
+from saets.tokens import completion_text, encode
+
+TEXTS_PER_BATCH = 256
+"""Completions written together where `execution.rows` is `auto`."""
+
+
+def texts_per_batch(experiment: Experiment) -> int:
+    """Completions written together; part of the execution shape."""
+    rows = experiment.execution.rows
+    return TEXTS_PER_BATCH if rows == "auto" else rows
 
 
 class SteeringWorker:
@@ -24,7 +36,6 @@ class SteeringWorker:
         settings = experiment.evaluation
         self.experiment = experiment
         self.model = load_model(experiment.model)
-        check_hook(self.model, experiment.hook_name)
         self.engine = RolloutEngine(self.model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
 
     def generate(self, items: Sequence[GenerationItem], directions: Mapping[str, NDArray[np.float32]]) -> list[Generation]:
@@ -34,14 +45,16 @@ class SteeringWorker:
         """
         settings, tokenizer = self.experiment.evaluation, self.model.tokenizer
         starts = {prompt: len(encode(tokenizer, prompt)) for prompt in {*settings.prompts, *(item.prompt for item in items)}}
-        filled = [*items, *[items[-1]] * (self.experiment.execution.rows - len(items))]
-        zeros = np.zeros(self.model.cfg.d_model, dtype=np.float32)
-        added = np.stack([item.scale * directions.get(item.vector_id, zeros) for item in filled])
+        filled = [*items, *[items[-1]] * (texts_per_batch(self.experiment) - len(items))]
+        steered = dict.fromkeys((item.vector_id, item.scale) for item in filled if item.vector_id in directions)
+        which = {pair: number for number, pair in enumerate(steered)}
+        vectors = [torch.from_numpy(directions[vector_id] * np.float32(scale)) for vector_id, scale in steered]
         tokens = self.engine.run(
-            [Row(item.prompt, item.seed) for item in filled],
-            torch.from_numpy(added.astype(np.float32)),
+            [Row(item.prompt, item.seed, which.get((item.vector_id, item.scale))) for item in filled],
+            torch.stack(vectors) if vectors else None,
             max(starts.values()) + settings.new_tokens,
-        )
+            share_prompts=False,
+        ).tokens
         ends = [starts[item.prompt] + settings.new_tokens for item in items]
         return [
             Generation(**asdict(item), completion=completion_text(tokenizer, row[starts[item.prompt] : end].tolist()))

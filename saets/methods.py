@@ -10,13 +10,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from saets.approximator import EffectApproximator
 from saets.config import METHOD_IDS
 from saets.errors import unknown
+from saets.shapes import Float
 
 Method = Callable[..., Tensor]
 

@@ -8,29 +8,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from jaxtyping import Float, Int
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from saets.config import Model, RandomWeights
-from saets.errors import InputError, unknown
+from saets.decoder import PLAIN, share_weights
+from saets.errors import InputError
+from saets.quiet import quiet
 
 HASHED_NUMBERS = 4096
 """Numbers of each tensor that go into `weights_hash`; all of them would take minutes on a large model."""
-
-HOOK_PATTERN = re.compile(r"^blocks\.(\d+)\.hook_resid_(pre|post)$")
 
 
 class Weights(NamedTuple):
@@ -38,20 +34,6 @@ class Weights(NamedTuple):
 
     model: Any
     tokenizer: Any
-
-
-def blocks_below(hook_name: str) -> int:
-    """How many blocks run before the residual stream reaches this hook: 13 for blocks.12.hook_resid_post.
-
-    Raises:
-        InputError: not a residual-stream hook.
-    """
-    match = HOOK_PATTERN.match(hook_name)
-    if match is None:
-        raise InputError(
-            f"hook_name {hook_name!r} is not a residual-stream hook; expected blocks.N.hook_resid_post or blocks.N.hook_resid_pre"
-        )
-    return int(match[1]) + (match[2] == "post")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -101,6 +83,9 @@ def model_shape(spec: Model) -> tuple[int, int, int]:
 def load_model(spec: Model) -> Any:
     """The model as a `TransformerBridge`, in evaluation mode, on its device, without gradients.
 
+    Beside it, as `bridge.plain`, the transformers model it was made from, which shares its weights: the bridge changes modules
+    in place, and rollouts run faster without its hooks.
+
     Raises:
         InputError: weights missing (says what to install or download), unknown device.
     """
@@ -109,19 +94,14 @@ def load_model(spec: Model) -> Any:
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     weights = LOADERS[spec.loader](spec, dtype)
-    with _quiet():
-        model = weights.model.to(device)
+    with quiet():
+        model = weights.model.to(device).eval().requires_grad_(False)
+        plain = share_weights(model)
         bridge: Any = TransformerBridge.boot_transformers(
             spec.name, hf_model=model, tokenizer=weights.tokenizer, dtype=dtype, device=str(device)
         )
+    bridge.__dict__[PLAIN] = plain  # not a submodule: it has no weights of its own
     return bridge.eval().requires_grad_(False)
-
-
-def check_hook(model: Any, hook_name: str) -> None:
-    """Raise `InputError` where the model has no such residual-stream hook; it would otherwise be ignored in silence."""
-    if hook_name not in model.hook_dict:
-        raise unknown("hook name", hook_name, (f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)))
-    blocks_below(hook_name)
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -131,57 +111,6 @@ def weights_hash(module: torch.nn.Module) -> str:
         start = tensor.detach().flatten()[:HASHED_NUMBERS].float().cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + start.tobytes())
     return digest.hexdigest()
-
-
-def bos_token(tokenizer: Any) -> int:
-    """The token every row starts with: BOS, or the end-of-text token of a tokenizer without BOS (GPT-2, Qwen)."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise InputError("the tokenizer has neither a BOS nor an EOS token; rows have nothing to start with")
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of the text with BOS in front; the text "" is BOS alone."""
-    return [bos_token(tokenizer), *tokenizer.encode(text, add_special_tokens=False)]
-
-
-def completion_text(tokenizer: Any, tokens: list[int]) -> str:
-    """The text of generated tokens up to the first end-of-text token, without special tokens."""
-    if tokenizer.eos_token_id in tokens:
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-@contextlib.contextmanager
-def upper_half(
-    model: Any, hook_name: str, residual: Float[Tensor, "rows pos d_model"]
-) -> Iterator[Callable[[Int[Tensor, "rows pos"]], Tensor]]:
-    """Run only the blocks above `hook_name`, starting from a given residual stream (shared identity 2 of the method).
-
-    Yields a function from token ids (only their shape is used) to logits. Works for any bridge model: blocks below are made
-    to pass their input through and the last of them returns `residual`; the model is restored afterwards, also after an
-    exception.
-    """
-    below = blocks_below(hook_name)
-    if below == 0:
-        raise InputError(f"hook_name {hook_name!r} lies before the first block; use hook_resid_post or a later block")
-    blocks = list(model.blocks)[:below]
-
-    def through(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden
-
-    def enter(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return residual
-
-    try:
-        for block in blocks[:-1]:
-            block.__dict__["forward"] = through
-        blocks[-1].__dict__["forward"] = enter
-        yield model
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
 
 
 class ByteTokenizer:
@@ -236,7 +165,7 @@ def _load_transformers(spec: Model, dtype: torch.dtype) -> Weights:
 
 def _load_gguf(spec: Model, dtype: torch.dtype) -> Weights:
     folder = _converted(_gguf_file(spec.name))
-    with _quiet():
+    with quiet():
         return Weights(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder))
 
 
@@ -249,7 +178,7 @@ LOADERS: dict[str, Callable[[Model, torch.dtype], Weights]] = {
 
 def _from_hub(load: Callable[..., Any], spec: Model, **options: Any) -> Any:
     try:
-        with _quiet():
+        with quiet():
             return load(spec.name, revision=spec.revision, **options) if spec.revision else load(spec.name, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -286,7 +215,7 @@ def _converted(file: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     try:
-        with _quiet():
+        with quiet():
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(making)
         tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -300,16 +229,3 @@ def _converted(file: Path) -> Path:
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return folder
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the libraries' loading bars and advice, which they write to stderr; errors still travel as exceptions."""
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -1,125 +1,143 @@
-"""Steered rollouts in which every row has its own vector, prompt and seed.
+"""Steered rollouts in which every row has its own vector, scale, prompt and seed.
 
 One dense `[rows, d_model]` buffer is added to the residual stream at the hook, at every position: BOS, prompt and generated
-tokens alike. Every row starts at BOS; prompt tokens are forced and free tokens sampled, so all rows have one length and there
-is no padding. Blocks up to the hook never see the vector, so the residual caught there before it is added IS the unsteered
-residual of the generated text, and effects need no second pass.
+tokens alike. All rows have one length, so there is no padding and no mask. Blocks up to the hook never see the vector, so the
+residual caught there before it is added IS the unsteered residual of the generated text, and effects need no second pass
+(method, identities 1, 3 and 5). Rows of one vector that begin with the same prompt share the reading of it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
+from saets.batch import Batch, Row
+from saets.decoder import Steps, decoder_for
 from saets.errors import InputError
-from saets.model import bos_token, check_hook, encode
+from saets.graphs import StepGraphs
 from saets.sampling import sample_top_k
+from saets.shapes import Float, Int
+from saets.tokens import encode as encode_text
 
-FREE = -1
-"""Marks a position that is sampled, in a matrix of forced tokens."""
-
-OnResidual = Callable[[int, Float[Tensor, "rows d_model"]], None]
-"""Called once a position with the residual stream before the vector is added."""
+Encode = Callable[[Tensor], Tensor]
+"""From the residual stream [rows, d_model], in float32, to what is summed over positions [rows, features]; an SAE's encoder."""
 
 
-class Row(NamedTuple):
-    """One rollout to make."""
+class Rollouts(NamedTuple):
+    """What a batch gave, in the order of its rows."""
 
-    prompt: str
-    seed: int
-    """Signed 64-bit, from `sampling.row_seed`."""
+    tokens: Int[Tensor, "rows length"]
+    """Token ids on the CPU, BOS and prompt included."""
+    sums: Float[Tensor, "rows features"] | None
+    """Encoded residuals summed over the generated positions, on the model's device; None without an encoder."""
 
 
 class RolloutEngine:
     """Decodes batches of rollouts of one model, steering at one hook."""
 
-    def __init__(self, model: Any, hook_name: str, *, top_k: int = 50, temperature: float = 1.0) -> None:
-        """Checks first: raises `InputError` for an unknown hook, a top_k outside the vocabulary or temperature <= 0."""
-        check_hook(model, hook_name)
-        if not 1 <= top_k <= model.cfg.d_vocab:
-            raise InputError(f"top_k is {top_k}; expected 1 to {model.cfg.d_vocab}, the size of the vocabulary")
-        if temperature <= 0:
-            raise InputError(f"temperature is {temperature}; expected a positive number")
-        self.model = model
-        self.hook_name = hook_name
-        self.top_k = top_k
-        self.temperature = temperature
-        self.device = next(model.original_model.parameters()).device
-        self.dtype = next(model.original_model.parameters()).dtype
-        self._layer = int(hook_name.split(".")[1])
+    def __init__(self, model: Any, hook_name: str, *, top_k: int = 50, temperature: float = 1.0, tokenizer: Any = None) -> None:
+        """`model` is a `TransformerBridge` or a transformers causal language model; its tokenizer reads prompts given as text.
 
-    def forced_tokens(self, rows: Sequence[Row], length: int) -> Int[Tensor, "rows length"]:
-        """BOS and prompt tokens of each row, `FREE` where a token is sampled.
+        Raises:
+            InputError: unknown hook, top_k outside the vocabulary, temperature not above 0.
+        """
+        self.decoder = decoder_for(model, hook_name)
+        if not 1 <= top_k <= self.decoder.d_vocab:
+            raise InputError(f"top_k is {top_k}; expected 1 to {self.decoder.d_vocab}, the size of the vocabulary")
+        if not temperature > 0:
+            raise InputError(f"temperature is {temperature}; expected a positive number")
+        self.tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+        self.hook_name, self.top_k, self.temperature = hook_name, top_k, temperature
+        self.device, self.dtype = self.decoder.device, self.decoder.dtype
+        self._graphs = StepGraphs() if self.device.type == "cuda" and self.decoder.shares_prompts else None
+
+    @torch.no_grad()
+    def run(
+        self,
+        rows: Sequence[Row],
+        vectors: Float[Tensor, "vectors d_model"] | None,
+        length: int,
+        encode: Encode | None = None,
+        *,
+        share_prompts: bool = True,
+    ) -> Rollouts:
+        """Roll out the rows to `length` tokens, BOS and prompt included.
+
+        `vectors` are scale x unit vector. `encode` is applied to h_L of every generated position, the last one included, and
+        summed a row; BOS and prompt positions have the same h_L with and without a vector and are left out. With
+        `share_prompts` the last bits of a row depend on how many rows of its batch have which prompt; without it only on the
+        number of rows.
+
+        Raises:
+            InputError: no rows, a prompt that leaves no free position, vectors of another width, with NaN or infinity, or fewer
+                than the rows name.
+            RuntimeError: the hook did not run, so the rows would not have been steered.
+        """
+        batch = self._batch(rows, vectors, length, share=share_prompts and self.decoder.shares_prompts)
+        if self._graphs is not None:
+            batch = self._graphs.adopt(batch, encode)
+        with self.decoder.steps(len(rows), length) as steps:
+            for these, tokens, added, of in batch.shared_prompts():
+                start = tokens.shape[1]
+                logits = steps.prompts(tokens, added, these, of)[of]
+                batch.tokens[these, start] = self._draw(logits, batch.seeds[these], start)
+            for position in range(batch.first, length - (encode is None)):
+                advance = functools.partial(self._advance, batch, steps, position, encode)
+                if self._graphs is None:
+                    advance()
+                else:
+                    self._graphs.run(position, advance)
+        return Rollouts(batch.tokens[batch.back].cpu(), None if batch.sums is None else batch.sums[batch.back])
+
+    def _advance(self, batch: Batch, steps: Steps, position: int, encode: Encode | None) -> None:
+        """Read the tokens at one position and draw the next ones; runs on the device without waiting for it."""
+        active, generated = batch.reading(position), batch.generated(position)
+        last = position == batch.length - 1
+        step = steps.step(batch.tokens[:active, position], position, batch.added[:active], last=last)
+        if encode is not None and generated:
+            batch.add(encode(step.residual[:generated].float()))
+        if step.logits is not None:
+            batch.take(self._draw(step.logits, batch.seeds[:active], position + 1), position + 1)
+
+    def _draw(self, logits: Tensor, seeds: Tensor, position: int) -> Tensor:
+        return sample_top_k(logits, seeds, position, top_k=self.top_k, temperature=self.temperature)
+
+    def prompt_tokens(self, rows: Sequence[Row], length: int) -> list[tuple[int, ...]]:
+        """BOS and prompt tokens of each row.
 
         Raises:
             InputError: no rows, or a prompt that leaves no free position.
         """
         if not rows:
             raise InputError("no rows to roll out; give at least one prompt")
-        encoded = {prompt: encode(self.model.tokenizer, prompt) for prompt in {row.prompt for row in rows}}
-        for prompt, tokens in encoded.items():
-            if len(tokens) >= length:
+        ids = {prompt: self._encoded(prompt) for prompt in {row.prompt for row in rows}}
+        for prompt, tokens in ids.items():
+            if not 1 <= len(tokens) < length:
                 raise InputError(
                     f"prompt {prompt!r} is {len(tokens)} tokens with BOS; rollouts of {length} tokens leave nothing to sample"
                 )
-        forced = torch.full((len(rows), length), FREE, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            tokens = encoded[row.prompt]
-            forced[i, : len(tokens)] = torch.tensor(tokens)
-        return forced
+        return [ids[row.prompt] for row in rows]
 
-    @torch.no_grad()
-    def run(
-        self,
-        rows: Sequence[Row],
-        added: Float[Tensor, "rows d_model"],
-        length: int,
-        on_residual: OnResidual | None = None,
-    ) -> Int[Tensor, "rows length"]:
-        """Token ids of the rollouts, BOS and prompt included, on the CPU.
+    def _encoded(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+        if isinstance(prompt, tuple):
+            return prompt
+        if self.tokenizer is None:
+            raise InputError(f"prompt {prompt!r} is text, and the engine has no tokenizer; give token ids or a tokenizer")
+        return tuple(encode_text(self.tokenizer, prompt))
 
-        `added` is scale x unit vector, a row each; zeros leave a row unsteered. `length` counts BOS and prompt. Where
-        `on_residual` is given it sees every position, the last one included.
-
-        Raises:
-            InputError: see `forced_tokens`; also a wrong shape or non-finite numbers in `added`.
-            RuntimeError: the hook did not run once a step, so the rows would not have been steered.
-        """
-        forced = self.forced_tokens(rows, length).to(self.device)
-        if added.shape != (len(rows), self.model.cfg.d_model):
-            raise InputError(f"vectors have shape {tuple(added.shape)}; expected {(len(rows), self.model.cfg.d_model)}")
-        if not torch.isfinite(added).all():
+    def _batch(self, rows: Sequence[Row], vectors: Tensor | None, length: int, *, share: bool) -> Batch:
+        prompts = self.prompt_tokens(rows, length)
+        d_model = self.decoder.d_model
+        vectors = torch.zeros(0, d_model) if vectors is None else vectors
+        if vectors.ndim != 2 or vectors.shape[1] != d_model:
+            raise InputError(f"vectors have shape {tuple(vectors.shape)}; expected [vectors, {d_model}]")
+        if not torch.isfinite(vectors).all():
             raise InputError("a steering vector holds NaN or infinity")
-        buffer = added.to(self.device, self.dtype)[:, None, :]
-        seeds = torch.tensor([row.seed for row in rows], dtype=torch.int64, device=self.device)
-        tokens = torch.full_like(forced, bos_token(self.model.tokenizer))
-        cache = DynamicCache(config=self.model.original_model.config)
-        position, hook_runs = 0, 0
-
-        def steer(residual: Tensor, hook: Any) -> Tensor:
-            nonlocal hook_runs
-            hook_runs += 1
-            if on_residual is not None:
-                on_residual(position, residual[:, -1])
-            return residual + buffer
-
-        steps = length - 1
-        with self.model.hooks(fwd_hooks=[(self.hook_name, steer)]):
-            for position in range(steps):
-                logits = self.model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)[:, -1]
-                drawn = sample_top_k(logits, seeds, position + 1, top_k=self.top_k, temperature=self.temperature)
-                following = forced[:, position + 1]
-                tokens[:, position + 1] = torch.where(following == FREE, drawn, following)
-            if on_residual is not None:
-                position = steps
-                stop = self._layer + 1
-                self.model(tokens[:, steps:], past_key_values=cache, use_cache=True, stop_at_layer=stop)
-        expected = steps + (on_residual is not None)
-        if hook_runs != expected:
-            raise RuntimeError(f"hook {self.hook_name} ran {hook_runs} times in {expected} steps; the rows were not steered")
-        return tokens.cpu()
+        named = [row.vector for row in rows if row.vector is not None]
+        if named and not 0 <= min(named) <= max(named) < len(vectors):
+            raise InputError(f"rows name vectors {min(named)} to {max(named)}; {len(vectors)} were given")
+        return Batch(rows, prompts, vectors.to(self.device, self.dtype), length, share=share)

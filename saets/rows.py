@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -67,7 +68,7 @@ def tensor_column(arrays: Sequence[NDArray[np.generic]]) -> pa.FixedShapeTensorA
 
 def baseline_rows(blocks: Sequence[Measurement]) -> pa.Table:
     """One row a block of the unsteered baseline: mean feature activations in float32."""
-    return pa.table(
+    table = pa.table(
         {
             "vector_id": [block.item.vector_id for block in blocks],
             "index": pa.array([block.item.index for block in blocks], pa.int64()),
@@ -76,19 +77,34 @@ def baseline_rows(blocks: Sequence[Measurement]) -> pa.Table:
             "unsteered_loss": [block.unsteered_loss for block in blocks],
         }
     )
+    each = [block.feature_error_variance for block in blocks if block.feature_error_variance is not None]
+    return table.append_column("feature_error_variance", tensor_column(each)) if each else table
 
 
-def effect_rows(measurements: Sequence[Measurement], baseline: NDArray[np.float32], baseline_error_variance: float) -> pa.Table:
+class Baseline(NamedTuple):
+    """The run's one shared baseline."""
+
+    mean: NDArray[np.float32]
+    """Mean feature activations of unsteered text, [d_sae]."""
+    error_variance: float
+    """Squared standard error of the mean, averaged over features."""
+    feature_error_variance: NDArray[np.float32] | None
+    """The same for each feature, where the run keeps it."""
+
+
+def effect_rows(measurements: Sequence[Measurement], baseline: Baseline) -> pa.Table:
     """One row a vector: unit vector in float32, calibrated scale, effect in float16 and its standard error (RMS over features).
+
+    Where measurement and baseline have standard errors of each feature, they follow as `standard_errors` in float16.
 
     Raises:
         InputError: an effect too large for float16.
     """
-    effects = np.stack([effect_of(found.mean, baseline) for found in measurements])
+    effects = np.stack([effect_of(found.mean, baseline.mean) for found in measurements])
     if np.abs(effects).max() > np.finfo(np.float16).max:
         raise InputError("an effect exceeds 65504, the range of float16; the SAE's activations are too large to store")
-    errors = [found.error_variance + baseline_error_variance for found in measurements]
-    return pa.table(
+    errors = [found.error_variance + baseline.error_variance for found in measurements]
+    table = pa.table(
         {
             "vector_id": [found.item.vector_id for found in measurements],
             "source": [found.item.source for found in measurements],
@@ -104,3 +120,8 @@ def effect_rows(measurements: Sequence[Measurement], baseline: NDArray[np.float3
             "effect": pa.FixedShapeTensorArray.from_numpy_ndarray(effects.astype(np.float16)),
         }
     )
+    each = [found.feature_error_variance for found in measurements if found.feature_error_variance is not None]
+    if not each or baseline.feature_error_variance is None:
+        return table
+    of_features = [np.sqrt(variance + baseline.feature_error_variance).astype(np.float16) for variance in each]
+    return table.append_column("standard_errors", tensor_column(of_features))

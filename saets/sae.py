@@ -19,7 +19,7 @@ from saets.errors import InputError, unknown
 
 
 def load_sae(spec: Sae, d_model: int, device: torch.device | str = "cpu") -> Any:
-    """The SAELens SAE, float32, without gradients.
+    """The SAELens SAE, in its setting's precision (float32 unless told otherwise), without gradients.
 
     Raises:
         InputError: unknown release or id, missing or damaged folder, or an SAE whose width of input is not `d_model`.
@@ -29,7 +29,7 @@ def load_sae(spec: Sae, d_model: int, device: torch.device | str = "cpu") -> Any
         sae = LOADERS[spec.loader](spec, d_model)
     if sae.cfg.d_in != d_model:
         raise _mismatch(spec, sae.cfg.d_in, d_model)
-    return sae.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    return sae.to(device=device, dtype=getattr(torch, spec.dtype)).eval().requires_grad_(False)
 
 
 def check_sae(spec: Sae, d_model: int) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
+
+from saets.shapes import Float, Int
 
 
 def _signed(value: int) -> int:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from saets.errors import InputError, unknown
 from saets.records import vector_id
+from saets.shapes import Float
 
 FORMAT = "saets-vector"
 

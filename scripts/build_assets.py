@@ -27,14 +27,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from saets.batch import Row
 from saets.config import PRESETS, load_experiment
 from saets.goal import Features, goal_names, load_goal
-from saets.model import encode, load_model
-from saets.rollout import RolloutEngine, Row
+from saets.model import load_model
+from saets.rollout import RolloutEngine
 from saets.sampling import row_seed
 from saets.stages.effects import measure_effects
 from saets.stages.session import Session
 from saets.store import RunFolder, write_whole
+from saets.tokens import encode
 
 ASSETS = PRESETS / "smollm2"
 SEED = 7
@@ -109,7 +111,7 @@ def own_writing(work: Path) -> None:
     with _WholeFile(work / "own.jsonl") as file:
         for at in range(0, len(rows), batch):
             part = rows[at : at + batch]
-            tokens = engine.run(part, torch.zeros(len(part), model.cfg.d_model), CHUNK)
+            tokens = engine.run(part, None, CHUNK).tokens
             for ids in tokens.tolist():
                 file.write(json.dumps(model.tokenizer.decode(ids[1:], skip_special_tokens=True)) + "\n")
             _progress("own writing", at + len(part), len(rows), started)

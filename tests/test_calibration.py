@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from saets.calibration import LOSS_BATCH, Calibrator, calibration_tokens
+from saets import reference
+from saets.calibration import Calibrator, ScaleRule, _Search
+from saets.calibration_text import calibration_tokens
 from saets.config import Effects
+from saets.decoder import BridgeDecoder, decoder_for
+from saets.effects import scale_rule
 from saets.errors import InputError
-from saets.model import upper_half
 
 HOOK = "blocks.2.hook_resid_post"
 LENGTH = 16
@@ -70,38 +73,8 @@ def loss(model: Any, added: Tensor, hook_name: str = HOOK) -> float:
     return total / (len(tokens) * (LENGTH - 1))
 
 
-def restored(model: Any) -> bool:
-    return not any("forward" in block.__dict__ for block in model.blocks)
-
-
-@pytest.mark.parametrize("hook_name", [HOOK, "blocks.0.hook_resid_post", "blocks.3.hook_resid_post", "blocks.1.hook_resid_pre"])
-def test_the_blocks_above_the_hook_alone_give_the_logits_of_a_full_steered_pass(tiny: Any, hook_name: str) -> None:
-    tokens, added = chunks(tiny), 10 * direction(0)
-    residual = tiny.run_with_cache(tokens, names_filter=hook_name)[1][hook_name]
-    with upper_half(tiny, hook_name, residual + added) as upper:
-        found = upper(tokens)
-    expected = logits(tiny, tokens, added, hook_name)
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(expected, tiny(tokens), atol=1e-2)
-
-
-def test_the_blocks_are_restored_afterwards_also_after_an_exception(tiny: Any) -> None:
-    tokens = chunks(tiny)
-    before = tiny(tokens)
-    residual = torch.zeros(*tokens.shape, 32)
-    with upper_half(tiny, HOOK, residual) as upper:
-        assert not torch.allclose(upper(tokens), before, atol=1e-2)
-    assert restored(tiny)
-    with pytest.raises(RuntimeError, match="on purpose"), upper_half(tiny, HOOK, residual):
-        raise RuntimeError("on purpose")
-    assert restored(tiny)
-    assert torch.equal(tiny(tokens), before)
-
-
-def test_a_hook_below_the_first_block_has_no_upper_half(tiny: Any) -> None:
-    refused = pytest.raises(InputError, match="before the first block")
-    with refused, upper_half(tiny, "blocks.0.hook_resid_pre", torch.zeros(1, 2, 32)):
-        pass
+def calibrator(model: Any, settings: Effects, hook_name: str = HOOK) -> Calibrator:
+    return Calibrator(decoder_for(model, hook_name), calibration_tokens(model.tokenizer, settings), scale_rule(settings))
 
 
 def test_chunks_are_bos_and_a_run_of_one_passage_and_short_tails_are_dropped(tiny: Any, text: Path) -> None:
@@ -122,18 +95,18 @@ def test_a_passage_of_exactly_one_chunk_is_used(tiny: Any, tmp_path: Path) -> No
 
 def test_a_text_that_is_missing_or_too_short_is_refused(tiny: Any, tmp_path: Path, text: Path) -> None:
     with pytest.raises(InputError, match="no such calibration text"):
-        Calibrator(tiny, HOOK, effects(tmp_path / "none.txt"))
+        calibration_tokens(tiny.tokenizer, effects(tmp_path / "none.txt"))
     with pytest.raises(InputError, match="asks for 99: give a longer text or ask for fewer"):
-        Calibrator(tiny, HOOK, effects(text, calibration_chunks=99))
+        calibration_tokens(tiny.tokenizer, effects(text, calibration_chunks=99))
 
 
 @pytest.mark.parametrize("hook_name", [HOOK, "blocks.1.hook_resid_pre", "blocks.3.hook_resid_post"])
 def test_the_loss_is_the_mean_cross_entropy_of_the_next_tokens(tiny: Any, text: Path, hook_name: str) -> None:
-    calibrator = Calibrator(tiny, hook_name, effects(text))
-    assert calibrator.unsteered_loss == pytest.approx(loss(tiny, torch.zeros(32), hook_name), rel=1e-5)
-    for scale in (0.0, 3.0, 40.0):
-        expected = loss(tiny, scale * direction(1), hook_name)
-        assert calibrator.loss(direction(1), scale) == pytest.approx(expected, rel=1e-5)
+    found = calibrator(tiny, effects(text), hook_name)
+    assert found.unsteered_loss == pytest.approx(loss(tiny, torch.zeros(32), hook_name), rel=1e-5)
+    scales = (0.0, 3.0, 40.0)
+    expected = [loss(tiny, scale * direction(1), hook_name) for scale in scales]
+    assert found.losses([(direction(1), scale) for scale in scales]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_text_of_more_chunks_than_run_together_gives_the_mean_over_all_of_them(tiny: Any, tmp_path: Path) -> None:
@@ -141,27 +114,29 @@ def test_a_text_of_more_chunks_than_run_together_gives_the_mean_over_all_of_them
     path.write_text("\n".join(f"{i:03d} is the number of this line" for i in range(40)))
     settings = effects(path, calibration_chunks=150, calibration_length=8)
     tokens = calibration_tokens(tiny.tokenizer, settings)
-    assert len(tokens) == 150 > 2 * LOSS_BATCH
+    assert len(tokens) == 150 > 2 * calibrator(tiny, settings)._rows
     scores = logits(tiny, tokens, 16 * direction(2))[:, :-1].double().log_softmax(dim=-1)
     expected = -scores.gather(2, tokens[:, 1:, None]).mean().item()
-    assert Calibrator(tiny, HOOK, settings).loss(direction(2), 16.0) == pytest.approx(expected, rel=1e-6)
+    assert calibrator(tiny, settings).losses([(direction(2), 16.0)]) == pytest.approx([expected], rel=1e-6)
 
 
 @pytest.mark.parametrize("rise", [0.01, 0.03, 0.1])
 @pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("search", ["bracket", "scan"])
 def test_the_scale_lies_on_the_line_to_the_first_grid_point_above_the_target(
-    tiny: Any, text: Path, rise: float, absolute: bool
+    tiny: Any, text: Path, rise: float, absolute: bool, search: str
 ) -> None:
     grid = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
     unsteered = loss(tiny, torch.zeros(32))
     target = unsteered + rise
     rule = {"target_loss": target} if absolute else {"loss_increase": rise}
-    calibrator = Calibrator(tiny, HOOK, effects(text, scale_grid=grid, **rule))
+    measured_together = calibrator(tiny, effects(text, scale_grid=grid, scale_search=search, **rule)).calibrate(
+        [direction(seed) for seed in range(4)]
+    )
     brackets = set()
-    for seed in range(4):
+    for seed, found in enumerate(measured_together):
         losses = [loss(tiny, scale * direction(seed)) for scale in grid]
         above = next((i for i, measured in enumerate(losses) if measured > target), None)
-        found = calibrator.calibrate(direction(seed))
         if above is None:
             assert (found.outcome, found.scale) == ("capped", 128.0)
             continue
@@ -176,7 +151,7 @@ def test_the_scale_lies_on_the_line_to_the_first_grid_point_above_the_target(
 
 
 def test_a_target_that_the_grid_never_reaches_gives_its_end_named_capped(tiny: Any, text: Path) -> None:
-    found = Calibrator(tiny, HOOK, effects(text, loss_increase=50.0)).calibrate(direction(0))
+    found = calibrator(tiny, effects(text, loss_increase=50.0)).calibrate([direction(0)])[0]
     assert (found.scale, found.outcome) == (32.0, "capped")
     assert found.loss == pytest.approx(loss(tiny, 32 * direction(0)), rel=1e-5)
 
@@ -185,25 +160,106 @@ def test_a_target_that_the_grid_never_reaches_gives_its_end_named_capped(tiny: A
 def test_a_target_that_the_unsteered_model_already_exceeds_is_refused_with_both_losses(
     tiny: Any, text: Path, below: float
 ) -> None:
-    unsteered = Calibrator(tiny, HOOK, effects(text)).unsteered_loss
+    unsteered = calibrator(tiny, effects(text)).unsteered_loss
     with pytest.raises(InputError, match=f"effects.target_loss is .* already {unsteered:.3f}"):
-        Calibrator(tiny, HOOK, effects(text, target_loss=unsteered - below))
+        calibrator(tiny, effects(text, target_loss=unsteered - below))
 
 
 def test_a_fixed_scale_is_not_searched_and_its_loss_is_measured(tiny: Any, text: Path) -> None:
-    found = Calibrator(tiny, HOOK, effects(text, fixed_scale=12.5)).calibrate(direction(3))
+    found = calibrator(tiny, effects(text, fixed_scale=12.5)).calibrate([direction(3)])[0]
     assert (found.scale, found.outcome) == (12.5, "fixed")
     assert found.loss == pytest.approx(loss(tiny, 12.5 * direction(3)), rel=1e-5)
 
 
+def test_a_loss_is_the_same_to_the_bit_whatever_it_is_computed_with(tiny: Any, text: Path) -> None:
+    found = calibrator(tiny, effects(text))
+    asked = [(direction(seed), scale) for seed in range(3) for scale in (2.0, 8.0)]
+    together = found.losses(asked)
+    assert together == [found.losses([one])[0] for one in asked]
+    assert found.losses(asked[::-1]) == together[::-1]
+
+
+def test_the_fast_decoder_and_the_bridge_calibrate_alike(tiny: Any, text: Path) -> None:
+    settings = effects(text)
+    tokens = calibration_tokens(tiny.tokenizer, settings)
+    slow = Calibrator(BridgeDecoder(tiny, HOOK), tokens, scale_rule(settings))
+    fast = calibrator(tiny, settings)
+    assert fast.unsteered_loss == pytest.approx(slow.unsteered_loss, rel=1e-6)
+    for one, other in zip(fast.calibrate([direction(0)]), slow.calibrate([direction(0)]), strict=True):
+        assert one.scale == pytest.approx(other.scale, rel=1e-3)
+
+
+@pytest.mark.parametrize("search", ["bracket", "scan"])
+def test_the_scale_is_the_reference_algorithms(tiny: Any, text: Path, search: str) -> None:
+    settings = effects(text, scale_search=search)
+    found = calibrator(tiny, settings)
+    block = tiny.plain.model.layers[2]
+    for seed in range(3):
+        expected = reference.calibrate(
+            tiny.plain,
+            block,
+            direction(seed),
+            calibration_tokens(tiny.tokenizer, settings),
+            target=found.target,
+            grid=settings.scale_grid,
+        )
+        assert found.calibrate([direction(seed)])[0].scale == pytest.approx(expected, rel=1e-3)
+
+
+GRID = (0.0, 20.0, 40.0, 60.0, 80.0, 100.0)
+
+
+def searched(rule: ScaleRule, losses: list[float], first: int) -> tuple[Any, list[float]]:
+    """The outcome over made-up losses on the grid, and the scales measured for it."""
+    search, measured = _Search(rule, losses[0], 1.5, first), []
+    while wanted := search.wanted():
+        for scale in wanted:
+            measured.append(scale)
+            search.take(scale, losses[GRID.index(scale)])
+    return search.outcome(), measured
+
+
+RISING = [
+    [1.0, 1.1, 1.3, 1.45, 1.6, 2.0],
+    [1.0, 1.6, 2.0, 3.0, 4.0, 5.0],
+    [1.0, 1.1, 1.2, 1.3, 1.4, 1.6],
+    [1.0, 1.0, 1.0, 1.49, 9.0, 9.5],
+]
+
+
+@pytest.mark.parametrize("losses", RISING)
+@pytest.mark.parametrize("first", range(1, 6))
+def test_both_searches_find_the_same_bracket_where_losses_rise(losses: list[float], first: int) -> None:
+    bracket, measured = searched(ScaleRule(loss_increase=0.5, grid=GRID, search="bracket"), losses, first)
+    scan, one_by_one = searched(ScaleRule(loss_increase=0.5, grid=GRID, search="scan"), losses, first)
+    assert bracket == scan
+    assert one_by_one == list(GRID[1 : len(one_by_one) + 1])
+    assert len(measured) == len(set(measured)) <= 5
+
+
+def test_the_search_measures_two_scales_where_it_begins_at_the_crossing() -> None:
+    _, measured = searched(ScaleRule(loss_increase=0.5, grid=GRID), [1.0, 1.05, 1.2, 1.45, 1.8, 2.3], first=4)
+    assert sorted(measured) == [60.0, 80.0]
+
+
+def test_a_loss_that_is_not_finite_counts_as_beyond_the_target_and_is_named_where_the_scale_would_need_it() -> None:
+    broken = [1.0, 1.2, float("nan"), float("nan"), float("inf"), float("nan")]
+    for search in ("bracket", "scan"):
+        found, _ = searched(ScaleRule(loss_increase=0.5, grid=GRID, search=search), broken, first=3)
+        assert (found.outcome, found.failed_at) == ("not_finite", 40.0)
+        found, _ = searched(ScaleRule(loss_increase=0.5, grid=GRID, search=search), [1.0, 1.2, 1.8, *broken[3:]], first=4)
+        assert (found.outcome, found.scale) == ("ok", pytest.approx(30.0))
+
+
 def test_calibrating_leaves_the_model_as_it_was(tiny: Any, text: Path) -> None:
     tokens = chunks(tiny)
-    before = tiny(tokens)
-    Calibrator(tiny, HOOK, effects(text)).calibrate(direction(0))
-    assert restored(tiny)
+    before, plain = tiny(tokens), tiny.plain(tokens).logits
+    calibrator(tiny, effects(text)).calibrate([direction(0)])
+    assert not any("forward" in block.__dict__ for block in (*tiny.blocks, *tiny.plain.model.layers))
     assert torch.equal(tiny(tokens), before)
+    assert torch.equal(tiny.plain(tokens).logits, plain)
 
 
-def test_a_hook_that_the_model_does_not_have_is_refused(tiny: Any, text: Path) -> None:
+def test_a_hook_that_the_model_does_not_have_is_refused(tiny: Any) -> None:
     with pytest.raises(InputError, match="unknown hook name 'blocks.9.hook_resid_post'"):
-        Calibrator(tiny, "blocks.9.hook_resid_post", effects(text))
+        decoder_for(tiny, "blocks.9.hook_resid_post")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from saets.batch import Row
 from saets.config import Experiment, load_experiment
 from saets.effects import BASELINE, EffectWorker, Failure, Measurement, baseline_items, effect_of, vector_items
 from saets.errors import InputError
 from saets.records import VectorItem, vector_id
-from saets.rollout import RolloutEngine, Row
-from saets.rows import effect_rows
+from saets.rollout import RolloutEngine
+from saets.rows import Baseline, effect_rows
 from saets.sae import load_sae
 from saets.sampling import row_seed
 
@@ -49,13 +50,12 @@ def activations(model: Any, experiment: Experiment, item: VectorItem, scale: flo
     """f(h_L) [prompts, rollouts, positions, d_sae] of the unsteered model on the item's own steered texts."""
     settings = experiment.effects
     rows = [
-        Row(prompt, row_seed(experiment.seed, "effects", item.vector_id, which, sample))
+        Row(prompt, row_seed(experiment.seed, "effects", item.vector_id, which, sample), 0)
         for which, prompt in enumerate(settings.prompts)
         for sample in range(settings.rollouts)
     ]
     engine = RolloutEngine(model, HOOK, top_k=settings.top_k, temperature=settings.temperature)
-    added = (scale * torch.from_numpy(item.direction)).expand(len(rows), -1)
-    tokens = engine.run(rows, added, settings.length)
+    tokens = engine.run(rows, scale * torch.from_numpy(item.direction)[None], settings.length).tokens
     residual = model.run_with_cache(tokens, names_filter=HOOK)[1][HOOK]
     sae = load_sae(experiment.sae, 32)
     acts = torch.relu((residual - sae.b_dec) @ sae.W_enc + sae.b_enc)
@@ -89,7 +89,7 @@ def test_a_measurement_says_how_it_was_made(worker: EffectWorker, vectors: list[
     assert found.mean.shape == (64,)
     assert (found.n_rollouts, found.n_tokens) == (3 * 4, 3 * 4 * 16)
     assert found.unsteered_loss == worker.calibrator.unsteered_loss
-    assert found.calibration == worker.calibrator.calibrate(torch.from_numpy(vectors[0].direction))
+    assert found.calibration == worker.calibrator.calibrate([torch.from_numpy(vectors[0].direction)])[0]
 
 
 def test_results_come_in_the_order_of_the_items_and_do_not_depend_on_their_company(
@@ -125,7 +125,10 @@ def test_the_error_variance_is_the_spread_of_rollout_means_within_prompts(
 def test_the_error_variance_of_one_rollout_a_prompt_is_the_spread_over_prompts(tiny: Any, vectors: list[VectorItem]) -> None:
     experiment = load_experiment("tiny", [*PIN, "effects.rollouts=1", "effects.fixed_scale=4"])
     (found,) = measured(EffectWorker(experiment), vectors[:1])
-    means = activations(tiny, experiment, vectors[0], 4.0).mean(dim=2).flatten(0, 1).double()
+    acts = activations(tiny, experiment, vectors[0], 4.0)
+    for of_prompt, prompt in zip(acts, experiment.effects.prompts, strict=True):
+        of_prompt[:, : len(prompt) + 1] = 0
+    means = acts.mean(dim=2).flatten(0, 1).double()
     spread = (means - means.mean(0)).square().sum(0) / (len(means) - 1)
     assert found.error_variance == pytest.approx((spread / len(means)).mean().item(), rel=1e-4)
 
@@ -230,7 +233,7 @@ def test_the_row_of_an_effect_holds_the_difference_and_both_standard_errors(
 ) -> None:
     found = together[:2]
     baseline = np.linspace(0, 3, 64, dtype=np.float32)
-    table = effect_rows(found, baseline, 0.25)
+    table = effect_rows(found, Baseline(baseline, 0.25, None))
     effects = table.column("effect").combine_chunks().to_numpy_ndarray()
     assert effects.dtype == np.float16
     assert np.allclose(effects, np.stack([one.mean - baseline for one in found]), rtol=1e-3, atol=1e-3)
@@ -244,7 +247,7 @@ def test_the_row_of_an_effect_holds_the_difference_and_both_standard_errors(
 
 def test_an_effect_beyond_the_range_of_float16_is_refused(together: list[Measurement]) -> None:
     with pytest.raises(InputError, match="exceeds 65504"):
-        effect_rows(together[:1], np.full(64, -7e4, dtype=np.float32), 0.0)
+        effect_rows(together[:1], Baseline(np.full(64, -7e4, dtype=np.float32), 0.0, None))
 
 
 def test_a_vector_that_breaks_the_model_fails_alone() -> None:

@@ -20,6 +20,9 @@ from saets.config import Experiment
 from saets.distributed.cluster import Cluster, actor_count, input_error
 from saets.effects import EffectWorker, Failure, Measurement, describe, vectors_per_batch
 from saets.records import VectorItem
+from saets.rows import tensor_column
+
+FEATURE_ERRORS = "feature_error_variance"
 
 NO_PROGRESS_SECONDS = 1800
 """A run that produces nothing for this long ends instead of waiting for ever."""
@@ -28,29 +31,38 @@ NO_PROGRESS_SECONDS = 1800
 class EffectActor:
     """An `EffectWorker` that speaks Arrow."""
 
-    def __init__(self, experiment: str) -> None:
+    def __init__(self, experiment: str, rows: int | None) -> None:
         parsed = Experiment.model_validate_json(experiment)
         if parsed.execution.gpus_per_actor == 0:
             torch.set_num_threads(max(1, int(parsed.execution.cpus_per_actor)))
-        self.worker = EffectWorker(parsed)
-        self.description = json.dumps(describe(self.worker), sort_keys=True)
+        self.worker = EffectWorker(parsed, rows)
+        self.facts = describe(self.worker)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         items = _items(batch)
         results = self.worker.measure(items)
         d_sae = self.worker.sae.cfg.d_sae
         means = [result.mean if isinstance(result, Measurement) else np.zeros(d_sae, np.float32) for result in results]
-        facts = [{**_facts(result), "worker": self.description} for result in results]
+        self.facts["rows_per_step"] = self.worker.rows
+        description = json.dumps(self.facts, sort_keys=True)
+        facts = [{**_facts(result), "worker": description} for result in results]
         table = pa.Table.from_pylist(facts, schema=_FACTS)
         for name in ("vector_id", "source", "index", "vector"):
             table = table.append_column(name, batch.column(name))
-        return table.append_column("mean", pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(means)))
+        table = table.append_column("mean", tensor_column(means))
+        if self.worker.experiment.effects.standard_errors == "features":
+            none = np.full(d_sae, np.nan, np.float32)
+            errors = [getattr(result, "feature_error_variance", none) for result in results]
+            table = table.append_column(FEATURE_ERRORS, tensor_column(errors))
+        return table
 
 
 def measure(
-    items: Sequence[VectorItem], experiment: Experiment, cluster: Cluster
+    items: Sequence[VectorItem], experiment: Experiment, cluster: Cluster, *, rows: int | None = None
 ) -> Iterator[tuple[list[Measurement | Failure], dict[str, Any]]]:
     """Results as batches finish, in any order, each with the `describe` of the worker that made it.
+
+    `rows` a step are those an earlier part of the run recorded, if there was one.
 
     Raises:
         InputError: what a worker found wrong with the experiment when it loaded.
@@ -66,7 +78,7 @@ def measure(
     gpus = execution.gpus_per_actor or None
     results = dataset.map_batches(
         EffectActor,
-        fn_constructor_args=(experiment.model_dump_json(),),
+        fn_constructor_args=(experiment.model_dump_json(), rows),
         batch_format="pyarrow",
         batch_size=size,
         compute=ray.data.ActorPoolStrategy(size=actor_count(execution, len(blocks)), max_tasks_in_flight_per_actor=1),
@@ -115,7 +127,7 @@ def _table(items: Sequence[VectorItem]) -> pa.Table:
             "vector_id": [item.vector_id for item in items],
             "source": [item.source for item in items],
             "index": pa.array([item.index for item in items], pa.int64()),
-            "vector": pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([item.direction for item in items])),
+            "vector": tensor_column([item.direction for item in items]),
         }
     )
 
@@ -129,8 +141,12 @@ def _items(table: pa.Table) -> list[VectorItem]:
 
 def _results(block: pa.Table) -> list[Measurement | Failure]:
     means = block.column("mean").combine_chunks().to_numpy_ndarray()
+    errors: Any = [None] * len(means)
+    if FEATURE_ERRORS in block.column_names:
+        errors = block.column(FEATURE_ERRORS).combine_chunks().to_numpy_ndarray()
     results: list[Measurement | Failure] = []
-    for item, mean, row in zip(_items(block), means, block.select(_FACTS.names).to_pylist(), strict=True):
+    facts = block.select(_FACTS.names).to_pylist()
+    for item, mean, error, row in zip(_items(block), means, errors, facts, strict=True):
         if row["failure"] is not None:
             results.append(Failure(item, row["failure"]))
             continue
@@ -139,6 +155,7 @@ def _results(block: pa.Table) -> list[Measurement | Failure]:
                 item=item,
                 mean=np.array(mean),
                 error_variance=row["error_variance"],
+                feature_error_variance=None if error is None else np.array(error),
                 calibration=Calibration(row["scale"], row["loss"], row["outcome"]),
                 unsteered_loss=row["unsteered_loss"],
                 n_rollouts=row["n_rollouts"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from saets.config import JudgeSettings
-from saets.judge.local import locate_embedder
+from saets.judge.embedder import locate_embedder
 from saets.judge.openai import OpenAIJudge
 
 

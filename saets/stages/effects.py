@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saets.distributed import effects as distributed
 from saets.effects import BASELINE, Failure, Measurement, baseline_items, vector_items
 from saets.errors import InputError
 from saets.model import model_shape
-from saets.rows import baseline_rows, effect_rows, failure_rows
+from saets.rows import Baseline, baseline_rows, effect_rows, failure_rows
 from saets.stages.session import Session
 from saets.store import Appender, RunFolder
 
 logger = logging.getLogger(__name__)
+
+SHAPE = ("decoder", "rows_per_step", "dtype", "device", "threads")
+"""What decides the last bits of a text, as `effects.describe` names it."""
 
 
 def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
@@ -39,21 +42,40 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
     there = run.baseline.ids()
     blocks = [item for item in baseline_items(experiment, d_model) if item.vector_id not in there]
     left = len(missing) + len(blocks)
+    rows = _recorded_rows(run) if experiment.execution.rows == "auto" else None
     total = left + sum(item.vector_id in known for item in items)
     with (
         session.progress.stage("measuring effects", total, total - left, "vectors") as advance,
         Appender(run.failures, failure_rows) as failures,
         _EffectWriter(run, blocks=experiment.effects.baseline_blocks) as writer,
     ):
-        for results, worker in distributed.measure([*blocks, *missing], experiment, session.cluster):
+        for results, worker in distributed.measure([*blocks, *missing], experiment, session.cluster, rows=rows):
             _check_weights(run, shipped, worker)
-            run.update_stage("effects", {"worker": worker})
+            _record_shape(run, worker)
             writer.add([result for result in results if isinstance(result, Measurement)])
             failures.add(result for result in results if isinstance(result, Failure))
             advance(len(results))
     lost = run.failures.ids() - run.effects.ids()
     if lost:
         logger.warning("%d vectors could not be measured; the reasons are in %s", len(lost), run.failures.folder)
+
+
+def _recorded_rows(run: RunFolder) -> int | None:
+    """Rows a step with which this run last measured."""
+    rows = run.manifest().get("effects", {}).get("worker", {}).get("rows_per_step")
+    return None if rows is None else int(rows)
+
+
+def _record_shape(run: RunFolder, worker: Mapping[str, Any]) -> None:
+    """Keep the worker's description and every execution shape the run has had: texts of two shapes may differ by rounding."""
+    before = run.manifest().get("effects", {})
+    shape = {name: worker[name] for name in SHAPE}
+    shapes = before.get("shapes", [])
+    if before.get("worker") == worker and shape in shapes:
+        return
+    if shapes and shape not in shapes:
+        logger.warning("effects go on at another execution shape, %s; a text may differ by rounding", shape)
+    run.update_stage("effects", {"worker": dict(worker), "shapes": shapes if shape in shapes else [*shapes, shape]})
 
 
 def _check_weights(run: RunFolder, shipped: RunFolder | None, worker: Mapping[str, Any]) -> None:
@@ -74,9 +96,10 @@ class _EffectWriter(Appender[Measurement]):
     """Writes baseline blocks at once, and vectors as effects as soon as the baseline is complete."""
 
     def __init__(self, run: RunFolder, *, blocks: int) -> None:
-        super().__init__(run.effects, self._rows)
-        self._run, self._blocks = run, blocks
+        super().__init__(run.effects, lambda records: effect_rows(records, self._baseline()))
+        self._run, self._missing = run, blocks - len(run.baseline.ids())
         self._early: list[Measurement] = []
+        self._baseline = functools.cache(lambda: shared_baseline(run))
 
     def add(self, records: Iterable[Measurement]) -> None:
         """Take measurements of baseline blocks and vectors."""
@@ -84,20 +107,22 @@ class _EffectWriter(Appender[Measurement]):
         baseline = [found for found in records if found.item.source == BASELINE]
         if baseline:
             self._run.baseline.write(baseline_rows(baseline))
+            self._missing -= len(baseline)
         self._early += [found for found in records if found.item.source != BASELINE]
-        if len(self._run.baseline.ids()) >= self._blocks:
+        if self._missing <= 0:
             super().add(self._early)
             self._early = []
 
-    def _rows(self, records: list[Measurement]) -> pa.Table:
-        mean, variance = shared_baseline(self._run)
-        return effect_rows(records, mean, variance)
 
-
-def shared_baseline(run: RunFolder) -> tuple[np.ndarray, float]:
-    """Mean feature activations of unsteered text [d_sae] over all blocks, and their squared standard error."""
+def shared_baseline(run: RunFolder) -> Baseline:
+    """The mean over all blocks of the baseline and its standard errors."""
     frame = run.baseline.read()
     assert frame is not None
     blocks = frame.sort(pl.col("index"))
     mean = np.asarray(blocks["mean"].to_numpy(), dtype=np.float64).mean(axis=0)
-    return mean.astype(np.float32), float(blocks["error_variance"].to_numpy().mean() / len(blocks))
+    each = blocks["feature_error_variance"].to_numpy() if "feature_error_variance" in blocks.columns else None
+    return Baseline(
+        mean.astype(np.float32),
+        float(blocks["error_variance"].to_numpy().mean() / len(blocks)),
+        None if each is None else (np.asarray(each, dtype=np.float64).mean(axis=0) / len(blocks)).astype(np.float32),
+    )

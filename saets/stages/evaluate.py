@@ -14,6 +14,7 @@ import polars as pl
 from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.distributed.pool import Call, PooledJudge
+from saets.generation import texts_per_batch
 from saets.goal import COHERENCE, Goal
 from saets.judge import Judge
 from saets.judge.choice import judge_name
@@ -43,7 +44,7 @@ def evaluate(session: Session, vectors: dict[Pair, SteeringVector], *, generate:
     missing = [item for item in items if item.generation_id not in have] if generate else []
     tables = {name: session.run.grades(name, grade_settings(session, goal)) for name, goal in goals.items()} if grade else {}
     ungraded = _ungraded(have.values(), tables)
-    rows = session.experiment.execution.rows
+    rows = texts_per_batch(session.experiment)
     batches = [missing[start : start + rows] for start in range(0, len(missing), rows)]
     if not batches and not ungraded:
         return

@@ -1,0 +1,56 @@
+"""The text on which scales are calibrated, in chunks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saets.config import DATASET, Effects, packaged
+from saets.errors import InputError
+from saets.shapes import Int
+from saets.tokens import encode
+
+
+def calibration_tokens(tokenizer: Any, settings: Effects) -> Int[Tensor, "chunks length"]:
+    """The calibration text in chunks of `calibration_length` tokens, each BOS and then a run of one passage's tokens.
+
+    Raises:
+        InputError: text missing or too short.
+    """
+    length = settings.calibration_length
+    chunks: list[list[int]] = []
+    for passage in _passages(settings.calibration_text):
+        bos, *tokens = encode(tokenizer, passage)
+        for at in range(0, len(tokens) - length + 2, length - 1):
+            chunks.append([bos, *tokens[at : at + length - 1]])
+            if len(chunks) == settings.calibration_chunks:
+                return torch.tensor(chunks)
+    raise InputError(
+        f"calibration text {settings.calibration_text} gives {len(chunks)} chunks of {length} tokens; "
+        f"effects.calibration_chunks asks for {settings.calibration_chunks}: give a longer text or ask for fewer"
+    )
+
+
+def _passages(source: str) -> Iterable[str]:
+    if source.startswith(DATASET):
+        return _dataset(source.removeprefix(DATASET))
+    path = packaged(source)
+    if not path.is_file():
+        raise InputError(f"no such calibration text: {path}")
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _dataset(name: str) -> Iterable[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+        return (row["text"] for row in rows)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"calibration dataset {name!r} could not be opened: {str(error).strip().splitlines()[0]} "
+            "Set effects.calibration_text to a text file, or run where the hub can be reached"
+        ) from error

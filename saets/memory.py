@@ -1,0 +1,45 @@
+"""How many rows fit into memory, and what running out of it looks like."""
+
+from __future__ import annotations
+
+import torch
+
+from saets.decoder import Decoder
+
+MOST_ROWS = {"cpu": 1024, "cuda": 8192}
+"""Rows beyond which a step does not run faster per row, by kind of device."""
+
+SHARE = 0.7
+"""Share of the free memory that rows may take; the rest is for what is not counted here."""
+
+SIGNS = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+"""What torch says when a CPU has no memory left; there is no error type for it."""
+
+
+def most_rows(device_type: str) -> int:
+    """Rows a step where memory does not matter."""
+    return MOST_ROWS.get(device_type, MOST_ROWS["cpu"])
+
+
+def rows_that_fit(decoder: Decoder, length: int, d_sae: int, *, share: float = 1.0) -> int:
+    """Rows a step that the free memory of the model's device holds, at least one; `share` is this process's part of it."""
+    activations = 3 * 4 * d_sae
+    needed = decoder.bytes_per_row(length) + activations
+    fit = int(free_bytes(decoder.device) * SHARE * share // needed)
+    return max(1, min(fit, most_rows(decoder.device.type)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    )
