@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saets.approximator import EffectApproximator
-    from saets.config import Experiment, load_experiment
+    from saets.config import Experiment
+    from saets.engine.rollout import RolloutEngine
     from saets.errors import InputError
+    from saets.experiment import load_experiment
     from saets.explore import Run
     from saets.goal import Goal, load_goal
     from saets.model import load_model
-    from saets.rollout import RolloutEngine
     from saets.sae import load_sae
     from saets.vector import SteeringVector
 
@@ -35,10 +36,10 @@ _HOMES = {
     "Experiment": "config",
     "Goal": "goal",
     "InputError": "errors",
-    "RolloutEngine": "rollout",
+    "RolloutEngine": "engine.rollout",
     "Run": "explore",
     "SteeringVector": "vector",
-    "load_experiment": "config",
+    "load_experiment": "experiment",
     "load_goal": "goal",
     "load_model": "model",
     "load_sae": "sae",

@@ -8,8 +8,9 @@ from saets.goal import Goal, goal_features, load_goal
 from saets.hooks import blocks_below, layer_of
 from saets.judge.choice import check_judge
 from saets.methods import needs
-from saets.model import model_shape, resolve_device
+from saets.model import load_tokenizer, model_shape, resolve_device
 from saets.sae import check_sae, sae_width
+from saets.tokens import encode
 
 
 def check_experiment(experiment: Experiment) -> None:
@@ -32,9 +33,22 @@ def check_experiment(experiment: Experiment) -> None:
     for key, top_k in (("effects", experiment.effects.top_k), ("evaluation", experiment.evaluation.top_k)):
         if top_k > d_vocab:
             raise InputError(f"{key}.top_k is {top_k}; the vocabulary has {d_vocab} tokens")
+    _check_prompts(experiment)
     text = experiment.effects.calibration_text
     if not text.startswith(DATASET) and not packaged(text).is_file():
         raise InputError(f"effects.calibration_text: no such file: {packaged(text)}")
+
+
+def _check_prompts(experiment: Experiment) -> None:
+    """A rollout must have room for its prompt and at least one token more."""
+    tokenizer, length = load_tokenizer(experiment.model), experiment.effects.length
+    tokens = {prompt: len(encode(tokenizer, prompt)) for prompt in experiment.effects.prompts}
+    longest = max(tokens, key=tokens.__getitem__)
+    if tokens[longest] >= length:
+        raise InputError(
+            f"effects.length is {length}, but prompt {longest!r} is {tokens[longest]} tokens with BOS; "
+            f"expected at least {tokens[longest] + 1}"
+        )
 
 
 def check_goals(experiment: Experiment) -> list[Goal]:

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from saets.config import Experiment, load_experiment, preset_names
+from saets.config import Experiment
 from saets.errors import InputError
+from saets.experiment import load_experiment, preset_names
 from saets.progress import Advance
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class TerminalProgress:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 where something given cannot be used, or 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 where doctor found something, 2 for bad input, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if not options.verbose:
@@ -80,16 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("transformers", "huggingface_hub", "sae_lens"):
             logging.getLogger(name).setLevel(logging.ERROR)
     _read_env()
-    command: Callable[[argparse.Namespace], None] = options.command
+    command: Callable[[argparse.Namespace], int | None] = options.command
     try:
-        command(options)
+        return command(options) or 0
     except InputError as error:
         errors.print(f"saets: {' '.join(str(error).split())}", markup=False)
         return 2
     except KeyboardInterrupt:
         errors.print("saets: stopped; run the same command again to go on from here", markup=False)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="show what Ray and the libraries say")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def add(name: str, command: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(command=command)
         if name != "presets":
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add("grade", _grade, "grade the text that is there")
     add("evaluate", _evaluate, "write and grade steered text, both at once")
     add("plot", _plot, "draw the plots of what is graded")
+    add("doctor", _doctor, "check that hooks, logits and effects are what the method takes for granted")
     steer = _add_vector_choice(add("steer", _steer, "show unsteered and steered text side by side"))
     steer.add_argument("--scale", type=float, action="append", required=True, help="L2 length to add; may be given several times")
     steer.add_argument("--prompt", default="I think")
@@ -211,6 +212,19 @@ def _plot(options: argparse.Namespace) -> None:
     with _session(options) as session:
         write_plots(session)
         _show_path("plots", session.run.path / "plots")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from saets.checks import check_experiment
+    from saets.doctor import examine
+
+    experiment, _ = _experiment(options)
+    check_experiment(experiment)
+    failed = 0
+    for finding in examine(experiment):
+        failed += not finding.ok
+        console.print(f"{'ok' if finding.ok else 'FAILED':<7} {finding.check:<15} {finding.detail}", markup=False)
+    return 1 if failed else 0
 
 
 def _steer(options: argparse.Namespace) -> None:

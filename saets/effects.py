@@ -18,17 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saets.batch import Row
-from saets.calibration import Calibration, Calibrator, ScaleRule
 from saets.calibration_text import calibration_tokens
 from saets.config import DecoderRows, Effects, Experiment, RandomVectors
+from saets.engine.batch import Row
+from saets.engine.calibration import Calibration, Calibrator, ScaleRule
+from saets.engine.memory import is_out_of_memory, most_rows, rows_that_fit
+from saets.engine.rollout import RolloutEngine
+from saets.engine.sampling import row_seed
 from saets.errors import InputError
-from saets.memory import is_out_of_memory, most_rows, rows_that_fit
 from saets.model import load_model, weights_hash
 from saets.records import VectorItem, unit, vector_id
-from saets.rollout import RolloutEngine
 from saets.sae import load_sae
-from saets.sampling import row_seed
 from saets.shapes import Float
 
 logger = logging.getLogger(__name__)

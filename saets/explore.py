@@ -12,12 +12,13 @@ import torch
 
 from saets import methods
 from saets.approximator import EffectApproximator
-from saets.batch import Row
-from saets.config import Experiment, load_experiment
+from saets.config import Experiment
+from saets.engine.batch import Row
+from saets.engine.rollout import RolloutEngine
+from saets.engine.sampling import row_seed
 from saets.errors import InputError
+from saets.experiment import load_experiment
 from saets.model import load_model
-from saets.rollout import RolloutEngine
-from saets.sampling import row_seed
 from saets.store import RunFolder
 from saets.tokens import completion_text, encode
 from saets.vector import SteeringVector

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saets.batch import Row
 from saets.config import Experiment
+from saets.engine.batch import Row
+from saets.engine.rollout import RolloutEngine
 from saets.goal import Goal
 from saets.hooks import blocks_below
 from saets.model import load_model
 from saets.records import Generation, GenerationItem
-from saets.rollout import RolloutEngine
 from saets.tokens import completion_text, encode
 
 TEXTS_PER_BATCH = 256

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from saets.config import Model, RandomWeights
-from saets.decoder import PLAIN, share_weights
+from saets.engine.choice import PLAIN
+from saets.engine.plain import share_weights
 from saets.errors import InputError
 from saets.quiet import quiet
 
@@ -78,6 +79,19 @@ def model_shape(spec: Model) -> tuple[int, int, int]:
         config = _from_hub(AutoConfig.from_pretrained, spec)
     text = config.get_text_config()
     return text.hidden_size, text.num_hidden_layers, text.vocab_size
+
+
+def load_tokenizer(spec: Model) -> Any:
+    """The model's tokenizer, without its weights.
+
+    Raises:
+        InputError: it cannot be found.
+    """
+    if spec.loader == "random":
+        return ByteTokenizer.build()
+    if spec.loader == "gguf":
+        return AutoTokenizer.from_pretrained(_converted(_gguf_file(spec.name)))
+    return _from_hub(AutoTokenizer.from_pretrained, spec)
 
 
 def load_model(spec: Model) -> Any:
@@ -158,15 +172,13 @@ def _load_random(spec: Model, dtype: torch.dtype) -> Weights:
 
 
 def _load_transformers(spec: Model, dtype: torch.dtype) -> Weights:
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, spec)
-    model = _from_hub(AutoModelForCausalLM.from_pretrained, spec, dtype=dtype)
-    return Weights(model, tokenizer)
+    return Weights(_from_hub(AutoModelForCausalLM.from_pretrained, spec, dtype=dtype), load_tokenizer(spec))
 
 
 def _load_gguf(spec: Model, dtype: torch.dtype) -> Weights:
     folder = _converted(_gguf_file(spec.name))
     with quiet():
-        return Weights(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder))
+        return Weights(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), load_tokenizer(spec))
 
 
 LOADERS: dict[str, Callable[[Model, torch.dtype], Weights]] = {

@@ -27,12 +27,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saets.batch import Row
-from saets.config import PRESETS, load_experiment
+from saets.config import PRESETS
+from saets.engine.batch import Row
+from saets.engine.rollout import RolloutEngine
+from saets.engine.sampling import row_seed
+from saets.experiment import load_experiment
 from saets.goal import Features, goal_names, load_goal
 from saets.model import load_model
-from saets.rollout import RolloutEngine
-from saets.sampling import row_seed
 from saets.stages.effects import measure_effects
 from saets.stages.session import Session
 from saets.store import RunFolder, write_whole

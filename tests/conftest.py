@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from saets.config import Experiment, Model, load_experiment
+from saets.config import Experiment, Model
+from saets.experiment import load_experiment
 from saets.model import load_model
 from tests.chat_server import KEY, Server
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from saets.config import Experiment, load_experiment, preset_names, settings_hash
+from saets.config import Experiment, settings_hash
 from saets.errors import InputError
+from saets.experiment import load_experiment, preset_names
 from saets.store import RunFolder
 
 OWN = """

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from saets.batch import Row
-from saets.config import Experiment, load_experiment
-from saets.effects import BASELINE, EffectWorker, Failure, Measurement, baseline_items, effect_of, vector_items
+from saets.config import Experiment
+from saets.effects import BASELINE, EffectWorker, Failure, Measurement, baseline_items, effect_of, noise_owner, vector_items
+from saets.engine.batch import Row
+from saets.engine.rollout import RolloutEngine
+from saets.engine.sampling import row_seed
 from saets.errors import InputError
+from saets.experiment import load_experiment
 from saets.records import VectorItem, vector_id
-from saets.rollout import RolloutEngine
 from saets.rows import Baseline, effect_rows
 from saets.sae import load_sae
-from saets.sampling import row_seed
 
 HOOK = "blocks.2.hook_resid_post"
 PIN = ["model.dtype=float32", "model.device=cpu"]
@@ -259,3 +260,51 @@ def test_a_vector_that_breaks_the_model_fails_alone() -> None:
     assert "not finite at scale 300000" in failure.reason
     assert isinstance(measured, Measurement)
     assert np.array_equal(measured.mean, worker.measure([sound, sound])[1].mean)
+
+
+def test_a_vector_may_use_the_noise_of_one_block_of_the_baseline(vectors: list[VectorItem]) -> None:
+    worker = EffectWorker(load_experiment("tiny", [*PIN, "effects.noise=baseline", "effects.fixed_scale=1e-6"]))
+    blocks = baseline_items(worker.experiment, 32)
+    unsteered = {block.vector_id: block_mean.mean for block, block_mean in zip(blocks, measured(worker, blocks), strict=True)}
+    used = set()
+    for item, found in zip(vectors, measured(worker, vectors), strict=True):
+        owner = noise_owner(item, worker.experiment.effects)
+        assert np.allclose(found.mean, unsteered[owner], rtol=1e-4, atol=1e-5)
+        used.add(owner)
+    assert used <= unsteered.keys()
+    own = load_experiment("tiny", PIN).effects
+    assert [noise_owner(item, own) for item in (*vectors, *blocks)] == [item.vector_id for item in (*vectors, *blocks)]
+
+
+def test_standard_errors_of_every_feature_are_kept_where_asked_for(together: list[Measurement]) -> None:
+    worker = EffectWorker(load_experiment("tiny", [*PIN, "effects.standard_errors=features"]))
+    (found,) = measured(worker, [together[0].item])
+    assert together[0].feature_error_variance is None
+    assert found.feature_error_variance is not None
+    assert found.feature_error_variance.mean() == pytest.approx(together[0].error_variance, rel=1e-4)
+    of_baseline = np.linspace(0, 1, 64, dtype=np.float32)
+    row = effect_rows([found], Baseline(found.mean * 0, float(of_baseline.mean()), of_baseline))
+    expected = np.sqrt(found.feature_error_variance + of_baseline)
+    assert np.allclose(row.column("standard_errors").combine_chunks().to_numpy_ndarray()[0], expected, rtol=1e-3, atol=1e-4)
+    assert "standard_errors" not in effect_rows(together[:1], Baseline(found.mean, 0.1, None)).column_names
+
+
+def test_the_sae_encodes_in_float32_unless_told_otherwise(together: list[Measurement]) -> None:
+    worker = EffectWorker(load_experiment("tiny", [*PIN, "sae.dtype=bfloat16"]))
+    assert worker.sae.W_dec.dtype == torch.bfloat16
+    (coarse,) = measured(worker, [together[0].item])
+    assert coarse.mean.dtype == np.float32
+    assert np.allclose(coarse.mean, together[0].mean, rtol=0.1, atol=0.1)
+    assert not np.allclose(coarse.mean, together[0].mean, rtol=1e-5, atol=1e-6)
+    assert EffectWorker(load_experiment("tiny", ["model.dtype=bfloat16", "model.device=cpu"])).sae.W_dec.dtype == torch.float32
+
+
+def test_rows_of_one_vector_are_the_same_to_the_bit_in_batches_of_any_company(
+    worker: EffectWorker, vectors: list[VectorItem], together: list[Measurement]
+) -> None:
+    blocks = baseline_items(worker.experiment, 32)
+    mixed = measured(worker, [blocks[0], vectors[2], vectors[0], blocks[1], vectors[1]])
+    by_id = {found.item.vector_id: found for found in mixed}
+    for found in together:
+        assert np.array_equal(found.mean, by_id[found.item.vector_id].mean)
+        assert found.calibration == by_id[found.item.vector_id].calibration

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-from saets.config import load_experiment
 from saets.errors import InputError
+from saets.experiment import load_experiment
 from saets.goal import goal_features, goal_names, load_goal
 
 GOALS = ["anger", "christian", "conspiracy", "french", "london", "love", "praise", "want_to_die", "wedding"]

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from saets.approximator import EffectApproximator
 from saets.cli import main
-from saets.config import RandomWeights, load_experiment
+from saets.config import RandomWeights
 from saets.distributed.cluster import Cluster
+from saets.experiment import load_experiment
 from saets.model import random_llama
 from saets.store import RunFolder
 from tests.chat_server import KEY, Server, says

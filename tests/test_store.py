@@ -15,8 +15,9 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from saets.config import Experiment, load_experiment
+from saets.config import Experiment
 from saets.errors import InputError
+from saets.experiment import load_experiment
 from saets.store import Appender, RunFolder, Table, differing_keys
 
 SETTINGS = {"seed": 0, "effects": {"length": 16, "prompts": ["", "I think"]}}

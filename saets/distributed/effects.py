@@ -15,10 +15,10 @@ import pyarrow as pa
 import ray
 import torch
 
-from saets.calibration import Calibration
 from saets.config import Experiment
 from saets.distributed.cluster import Cluster, actor_count, input_error
 from saets.effects import EffectWorker, Failure, Measurement, describe, vectors_per_batch
+from saets.engine.calibration import Calibration
 from saets.records import VectorItem
 from saets.rows import tensor_column
 

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saets.batch import Row
-from saets.calibration import token_losses
+from saets.engine.batch import Row
+from saets.engine.calibration import token_losses
+from saets.engine.rollout import RolloutEngine
+from saets.engine.sampling import row_seed
 from saets.errors import InputError
 from saets.goal import Examples, Goal
 from saets.judge import clean_text
 from saets.judge.embedder import Embedder
 from saets.records import CRITERIA, Generation, Grade
-from saets.rollout import RolloutEngine
-from saets.sampling import row_seed
 from saets.tokens import completion_text, encode
 
 LOSS_BATCH = 64

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from saets.batch import Row
-from saets.decoder import BridgeDecoder, PlainDecoder
+from saets.engine.batch import Row
+from saets.engine.bridge import BridgeDecoder
+from saets.engine.plain import PlainDecoder
+from saets.engine.rollout import RolloutEngine
+from saets.engine.sampling import row_seed, sample_top_k
 from saets.errors import InputError
-from saets.rollout import RolloutEngine
-from saets.sampling import row_seed, sample_top_k
 
 HOOK = "blocks.2.hook_resid_post"
 LENGTH = 14

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saets.batch import Batch, Row
-from saets.decoder import Steps, decoder_for
+from saets.engine.batch import Batch, Row
+from saets.engine.choice import decoder_for
+from saets.engine.decoder import Steps
+from saets.engine.graphs import StepGraphs
+from saets.engine.sampling import sample_top_k
 from saets.errors import InputError
-from saets.graphs import StepGraphs
-from saets.sampling import sample_top_k
 from saets.shapes import Float, Int
 from saets.tokens import encode as encode_text
 

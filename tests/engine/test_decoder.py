@@ -9,13 +9,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from saets.attention import rollout_attention
-from saets.batch import Row
-from saets.decoder import BridgeDecoder, PlainDecoder, decoder_for, find_blocks, share_weights
+from saets.engine.attention import rollout_attention
+from saets.engine.batch import Row
+from saets.engine.bridge import BridgeDecoder
+from saets.engine.choice import decoder_for
+from saets.engine.decoder import find_blocks
+from saets.engine.plain import PlainDecoder, share_weights
+from saets.engine.reference import steered
+from saets.engine.rollout import RolloutEngine
+from saets.engine.sampling import sample_top_k
 from saets.errors import InputError
-from saets.reference import steered
-from saets.rollout import RolloutEngine
-from saets.sampling import sample_top_k
 
 HOOK = "blocks.1.hook_resid_post"
 SMALL = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 4, "initializer_range": 0.3, "bos_token_id": 0}

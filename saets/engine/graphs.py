@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saets.batch import Batch
+from saets.engine.batch import Batch
 
 logger = logging.getLogger(__name__)
 

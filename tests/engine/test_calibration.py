@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from saets import reference
-from saets.calibration import Calibrator, ScaleRule, _Search
 from saets.calibration_text import calibration_tokens
 from saets.config import Effects
-from saets.decoder import BridgeDecoder, decoder_for
 from saets.effects import scale_rule
+from saets.engine import reference
+from saets.engine.bridge import BridgeDecoder
+from saets.engine.calibration import Calibrator, ScaleRule, _Search
+from saets.engine.choice import decoder_for
 from saets.errors import InputError
 
 HOOK = "blocks.2.hook_resid_post"

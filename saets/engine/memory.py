@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saets.decoder import Decoder
+from saets.engine.decoder import Decoder
 
 MOST_ROWS = {"cpu": 1024, "cuda": 8192}
 """Rows beyond which a step does not run faster per row, by kind of device."""

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from saets.decoder import Decoder
+from saets.engine.decoder import Decoder
 from saets.errors import InputError
 from saets.shapes import Float, Int
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saets.sampling import counter_hash, gumbel, row_seed, sample_top_k
+from saets.engine.sampling import counter_hash, gumbel, row_seed, sample_top_k
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15

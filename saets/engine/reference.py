@@ -23,8 +23,8 @@ CALIBRATION_BATCH = 64
 
 
 @contextlib.contextmanager
-def steered(block: nn.Module, vector: Float[Tensor, " d_model"]) -> Iterator[None]:
-    """Add the vector to the block's output at every position while the context lasts."""
+def steered(block: nn.Module, vector: Float[Tensor, "*rows_and_pos d_model"]) -> Iterator[None]:
+    """Add the vector to the block's output while the context lasts, at every position unless each is given its own."""
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -71,7 +71,7 @@ def generate(
 def mean_activations(
     model: Any, block: nn.Module, encode: Encode, tokens: Int[Tensor, "samples length"]
 ) -> Float[Tensor, "samples d_sae"]:
-    """Feature activations of the unsteered residual stream after `block`, a mean over all positions of each text."""
+    """Feature activations of the unsteered residual stream after `block`, a mean over all positions of each text, in float64."""
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, args: Any, output: Any) -> None:
@@ -84,7 +84,7 @@ def mean_activations(
             model(tokens, use_cache=False)
     finally:
         handle.remove()
-    return encode(caught[0].float()).mean(dim=1)
+    return encode(caught[0].float()).double().mean(dim=1)
 
 
 @torch.no_grad()

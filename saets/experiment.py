@@ -1,0 +1,154 @@
+"""Finding an experiment and reading it: a preset name, a TOML file or a run folder, with `section.key=value` overrides.
+
+Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from saets.config import DATASET, LOSS_RULES, PACKAGED, PRESETS, DecoderRows, Experiment, RandomVectors, Sae
+from saets.errors import InputError, unknown
+
+
+def preset_names() -> list[str]:
+    """Names of the experiments that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load_experiment(where: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """Read an experiment from a preset name, a TOML file or a run folder, and apply `section.key=value` overrides.
+
+    Relative paths in a TOML file are taken from the file's own folder.
+
+    Raises:
+        InputError: no such preset or file, damaged TOML, unknown or missing keys, values that cannot be.
+    """
+    path = _find(where)
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from error
+    if not path.is_relative_to(PRESETS):
+        _anchor(settings, path.parent)
+    _merge(settings, _changes(overrides))
+    try:
+        return Experiment.model_validate(settings)
+    except ValidationError as error:
+        raise InputError(f"{path.name}: {_one_line(error)}") from error
+
+
+def _find(where: str | Path) -> Path:
+    path = Path(where)
+    if path.is_dir():
+        inside = path / "experiment.toml"
+        if not inside.is_file():
+            raise InputError(f"{path} is a folder without experiment.toml; give a run folder, a TOML file or a preset name")
+        return inside
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise InputError(f"no such experiment file: {path}")
+        return path
+    preset = PRESETS / f"{where}.toml"
+    if "/" in str(where) or not preset.is_file():
+        raise unknown("preset", str(where), preset_names())
+    return preset
+
+
+def _anchor(settings: dict[str, Any], folder: Path) -> None:
+    """Make relative paths absolute; a model name is a path only where such a folder exists."""
+
+    def resolve(table: Any, key: str, *, only_if_exists: bool = False) -> None:
+        if not isinstance(table, dict) or not isinstance(table.get(key), str) or table[key].startswith((PACKAGED, DATASET)):
+            return
+        path = (folder / table[key]).resolve()
+        if path.exists() or not only_if_exists:
+            table[key] = str(path)
+
+    resolve(settings.get("model"), "name", only_if_exists=True)
+    resolve(settings.get("sae"), "path")
+    resolve(settings.get("judge"), "embedder", only_if_exists=True)
+    effects = settings.get("effects")
+    if isinstance(effects, dict):
+        resolve(effects, "calibration_text")
+        resolve(effects, "shipped")
+        for source in effects.get("sources") or ():
+            resolve(source.get("sae") if isinstance(source, dict) else None, "path")
+    steering = settings.get("steering")
+    if isinstance(steering, dict) and isinstance(steering.get("goals"), list):
+        steering["goals"] = [
+            str((folder / goal).resolve()) if isinstance(goal, str) and goal.endswith(".toml") else goal
+            for goal in steering["goals"]
+        ]
+
+
+def _changes(overrides: Iterable[str]) -> dict[str, Any]:
+    """The overrides as nested settings; relative paths in them are taken from the working folder."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {override!r}: expected section.key=value, e.g. effects.rollouts=8")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *sections, last = key.strip().split(".")
+        table = changes
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise InputError(f"--set {override!r}: {section} is a value, not a section")
+        table[last] = value
+    _anchor(changes, Path.cwd())
+    return changes
+
+
+def _merge(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put changes over settings, table by table; a new loss rule takes the place of the old one."""
+    if changes.keys() & set(LOSS_RULES):
+        for rule in LOSS_RULES:
+            settings.pop(rule, None)
+    for key, value in changes.items():
+        if isinstance(value, dict) and key in settings:
+            if not isinstance(settings[key], dict):
+                raise InputError(f"--set {key}.{next(iter(value))}: {key} is a value, not a section")
+            _merge(settings[key], value)
+        else:
+            settings[key] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            *section, key = [str(part) for part in item["loc"]]
+            parts.append(str(unknown(f"key in [{'.'.join(section) or 'experiment'}]", key, _fields(section))))
+        elif item["type"] == "missing":
+            parts.append(f"missing key {where}; add it")
+        elif item["type"] == "value_error":
+            parts.append(item["msg"].removeprefix("Value error, "))
+        else:
+            parts.append(f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}; got {item['input']!r}")
+    return "; ".join(parts)
+
+
+def _fields(section: list[str]) -> list[str]:
+    """Names of the keys a section knows; list positions and union tags in the path are skipped."""
+    model: type[BaseModel] = Experiment
+    for name in section:
+        candidates: Mapping[str, type[BaseModel]] = {"decoder": DecoderRows, "random": RandomVectors}
+        field = model.model_fields.get(name)
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+        elif name == "sae":
+            model = Sae
+        elif name in candidates:
+            model = candidates[name]
+    return list(model.model_fields)
