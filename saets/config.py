@@ -89,7 +89,18 @@ class Sae(Section):
         return self
 
 
-class DecoderRows(Section):
+class NamedSource(Section):
+    """Where some of the vectors come from."""
+
+    name: str | None = None
+    """Word in the `source` column; by default the kind. Two sources of one experiment have different names."""
+
+    def label(self) -> str:
+        """The name, or the kind where none is given."""
+        return self.name or str(getattr(self, "kind", ""))
+
+
+class DecoderRows(NamedSource):
     """Rows `start` to `stop` (exclusive) of a decoder, by default the measuring SAE's."""
 
     kind: Literal["decoder"] = "decoder"
@@ -101,19 +112,63 @@ class DecoderRows(Section):
     """Another SAE at the same place, e.g. a wider one."""
 
 
-class RandomVectors(Section):
+class RandomVectors(NamedSource):
     """`count` seeded random unit vectors."""
 
     kind: Literal["random"]
     count: int = Field(ge=1)
 
 
+class MixedRows(NamedSource):
+    """`count` seeded random mixtures of `terms` decoder rows, each weighted by a draw from 0..1."""
+
+    kind: Literal["mixture"]
+    count: int = Field(ge=1)
+    terms: int = Field(2, ge=1)
+    sae: Sae | None = None
+    """Another SAE at the same place, e.g. a wider one."""
+
+
+class VectorFile(NamedSource):
+    """Vectors of a safetensors file: a saets vector, or every tensor [d_model] and row of a tensor [n, d_model] in it."""
+
+    kind: Literal["file"]
+    path: str
+
+
+class TargetedVectors(NamedSource):
+    """The method's own vectors measured again: SAE-TS for single features, by an approximator fitted before."""
+
+    kind: Literal["sae_ts"]
+    approximator: str
+    """File written by `saets fit`."""
+    features: tuple[int, ...] = Field(min_length=1)
+    bias_weight: float = 1.0
+    """Lambda of SAE-TS."""
+
+
 def _kind(source: Any) -> str:
     return str(source.get("kind", "decoder")) if isinstance(source, dict) else source.kind
 
 
-Source = Annotated[Annotated[DecoderRows, Tag("decoder")] | Annotated[RandomVectors, Tag("random")], Discriminator(_kind)]
+Source = Annotated[
+    Annotated[DecoderRows, Tag("decoder")]
+    | Annotated[RandomVectors, Tag("random")]
+    | Annotated[MixedRows, Tag("mixture")]
+    | Annotated[VectorFile, Tag("file")]
+    | Annotated[TargetedVectors, Tag("sae_ts")],
+    Discriminator(_kind),
+]
 """Where vectors come from; `kind` is `decoder` where it is left out."""
+
+SOURCES: dict[str, type[NamedSource]] = {
+    "decoder": DecoderRows,
+    "random": RandomVectors,
+    "mixture": MixedRows,
+    "file": VectorFile,
+    "sae_ts": TargetedVectors,
+}
+"""Sources by kind."""
 
 
 class Effects(Section):
@@ -161,6 +216,10 @@ class Effects(Section):
             raise ValueError(
                 f"effects needs exactly one of loss_increase, target_loss and fixed_scale; got {', '.join(given) or 'none'}"
             )
+        names = [source.label() for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"effects.sources has two sources named {twice[0]!r}; give each a name of its own")
         if len(self.scale_grid) < 2 or self.scale_grid[0] != 0 or list(self.scale_grid) != sorted(set(self.scale_grid)):
             raise ValueError(f"effects.scale_grid must start at 0 and rise; got {list(self.scale_grid)}")
         return self

@@ -9,7 +9,7 @@ the sums, where BOS with its large norm would only add rounding error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,15 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saets.calibration_text import calibration_tokens
-from saets.config import DecoderRows, Effects, Experiment, RandomVectors
+from saets.config import Effects, Experiment
 from saets.engine.batch import Row
 from saets.engine.calibration import Calibration, Calibrator, ScaleRule
 from saets.engine.memory import is_out_of_memory, most_rows, rows_that_fit
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
-from saets.errors import InputError
 from saets.model import load_model, weights_hash
-from saets.records import VectorItem, unit, vector_id
+from saets.records import VectorItem
 from saets.sae import load_sae
 from saets.shapes import Float
 
@@ -219,43 +218,6 @@ def baseline_items(experiment: Experiment, d_model: int) -> list[VectorItem]:
     """The blocks of the shared baseline, each with the rollouts of one vector and its own seeds."""
     zeros = np.zeros(d_model, dtype=np.float32)
     return [VectorItem(f"{BASELINE}-{i}", BASELINE, i, zeros) for i in range(experiment.effects.baseline_blocks)]
-
-
-def vector_items(experiment: Experiment, d_model: int) -> list[VectorItem]:
-    """The vectors of all sources, in order, each once even where two sources hold it.
-
-    Raises:
-        InputError: rows outside a decoder, a decoder of another width, a zero row.
-    """
-    found: dict[str, VectorItem] = {}
-    for source in experiment.effects.sources:
-        for item in _source_items(source, experiment, d_model):
-            found.setdefault(item.vector_id, item)
-    return list(found.values())
-
-
-def _source_items(source: DecoderRows | RandomVectors, experiment: Experiment, d_model: int) -> Iterator[VectorItem]:
-    if isinstance(source, RandomVectors):
-        for index in range(source.count):
-            generator = np.random.default_rng([experiment.seed, index])
-            direction = unit(generator.standard_normal(d_model).astype(np.float32))
-            yield VectorItem(vector_id(direction), "random", index, direction)
-        return
-    sae = load_sae(source.sae or experiment.sae, d_model)
-    decoder = sae.W_dec.numpy()
-    for index in _decoder_rows(source, len(decoder)):
-        direction = unit(decoder[index], f"decoder row {index}")
-        yield VectorItem(vector_id(direction), "decoder", index, direction)
-
-
-def _decoder_rows(source: DecoderRows, d_sae: int) -> Sequence[int]:
-    stop = d_sae if source.stop is None else source.stop
-    rows: Sequence[int] = source.rows if source.rows is not None else range(source.start, stop)
-    outside = [row for row in rows if not 0 <= row < d_sae]
-    if outside or not rows:
-        got = f"row {outside[0]}" if outside else f"no rows ({source.start} to {source.stop})"
-        raise InputError(f"effects.sources asks for {got}; the SAE has rows 0 to {d_sae - 1}")
-    return rows
 
 
 def _error_variance(per_rollout: Float[Tensor, "prompts rollouts d_sae"]) -> Float[Tensor, " d_sae"]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from saets.config import DATASET, LOSS_RULES, PACKAGED, PRESETS, DecoderRows, Experiment, RandomVectors, Sae
+from saets.config import DATASET, LOSS_RULES, PACKAGED, PRESETS, SOURCES, Experiment, Sae
 from saets.errors import InputError, unknown
 
 
@@ -79,6 +79,8 @@ def _anchor(settings: dict[str, Any], folder: Path) -> None:
         resolve(effects, "shipped")
         for source in effects.get("sources") or ():
             resolve(source.get("sae") if isinstance(source, dict) else None, "path")
+            resolve(source, "path")
+            resolve(source, "approximator")
     steering = settings.get("steering")
     if isinstance(steering, dict) and isinstance(steering.get("goals"), list):
         steering["goals"] = [
@@ -143,12 +145,11 @@ def _fields(section: list[str]) -> list[str]:
     """Names of the keys a section knows; list positions and union tags in the path are skipped."""
     model: type[BaseModel] = Experiment
     for name in section:
-        candidates: Mapping[str, type[BaseModel]] = {"decoder": DecoderRows, "random": RandomVectors}
         field = model.model_fields.get(name)
         if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             model = field.annotation
         elif name == "sae":
             model = Sae
-        elif name in candidates:
-            model = candidates[name]
+        elif name in SOURCES:
+            model = SOURCES[name]
     return list(model.model_fields)

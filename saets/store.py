@@ -32,6 +32,12 @@ logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 5.0
 """Rows wait at most this long before they are written."""
 
+REPLACES = b"saets.replaces"
+"""Key in a shard's metadata: names of the shards whose rows it holds."""
+
+SHARD_BYTES = 64 * 2**20
+"""Size that `Table.compact` aims at."""
+
 LOCK = ".lock"
 """Held by the one process that writes a run folder."""
 
@@ -54,17 +60,22 @@ class Table:
         self.folder, self.key = folder, list(key)
 
     def shards(self) -> list[Path]:
-        """Complete shards in the order of their names; damaged ones are set aside with a warning."""
-        good = []
+        """Complete shards in the order of their names; damaged ones are set aside with a warning, replaced ones are gone."""
+        good: list[Path] = []
+        replaced: set[str] = set()
         for path in sorted(self.folder.glob("*.parquet")):
             try:
-                pq.read_schema(path)
+                found = pq.read_schema(path).metadata or {}
+                replaced |= set(json.loads(found.get(REPLACES, b"[]")))
                 good.append(path)
             except (pa.ArrowInvalid, OSError) as error:
                 aside = path.with_suffix(".damaged")
                 path.rename(aside)
                 logger.warning("%s cannot be read (%s); set aside as %s, its rows are computed again", path, error, aside.name)
-        return good
+        for path in good:
+            if path.name in replaced:
+                path.unlink(missing_ok=True)
+        return [path for path in good if path.name not in replaced]
 
     def write(self, rows: pa.Table) -> None:
         """Add a shard; it appears with all its rows or not at all.
@@ -87,6 +98,21 @@ class Table:
                 f"cannot write {self.folder}: {error.strerror or error}; make room or choose another --out, then run the same "
                 "command again: everything written so far is kept"
             ) from error
+
+    def compact(self) -> None:
+        """Join small shards into larger ones. The new one names those it replaces, so a crash loses and doubles nothing."""
+        small = [path for path in self.shards() if path.stat().st_size < SHARD_BYTES // 2]
+        groups: list[list[Path]] = [[]]
+        for path in small:
+            if sum(one.stat().st_size for one in groups[-1]) + path.stat().st_size > SHARD_BYTES:
+                groups.append([])
+            groups[-1].append(path)
+        for group in groups:
+            if len(group) > 1:
+                rows = pa.concat_tables([pq.read_table(path) for path in group])
+                names = json.dumps([path.name for path in group]).encode()
+                self.write(rows.replace_schema_metadata({**(rows.schema.metadata or {}), REPLACES: names}))
+        self.shards()
 
     def read(self, columns: Sequence[str] | None = None) -> pl.DataFrame | None:
         """All rows, sorted by key, the newest of each key; None where nothing was written."""

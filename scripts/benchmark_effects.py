@@ -118,9 +118,11 @@ def main() -> None:
     facts |= bridge_rate(options, subject, full, tokenizer)
     facts["max_relative_difference"] = largest_difference(subject, full)
     model = model.to(half)
-    small = full if native or few else full._replace(prompts=full.prompts[2:5], calibration=full.calibration[:16])
+    mixed = full
+    if not native:
+        some = full.prompts[1:2] if few else full.prompts[2:5]
+        mixed = Work(some, full.calibration[: 8 if few else 32], vectors=2 if few else 3)
     say(f"the same in {facts['half_precision']}" + ("" if native else ", which this machine only emulates: a small workload"))
-    mixed = small if native else small._replace(prompts=small.prompts[:1], calibration=small.calibration[:8], vectors=2)
     low = compare(subject_of(model, hook_name, sae, mixed, real=real), mixed, options.rows_of_vectors)
     facts |= {
         "vectors_per_s_literal_half": 1 / low["literal"],

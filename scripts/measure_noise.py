@@ -16,12 +16,13 @@ import time
 from typing import NamedTuple
 
 import torch
-from saets.batch import Row
-from saets.sampling import row_seed
 from torch import Tensor
 
-from saets.effects import EffectWorker, vector_items
+from saets.effects import EffectWorker
+from saets.engine.batch import Row
+from saets.engine.sampling import row_seed
 from saets.experiment import load_experiment
+from saets.sources import vector_items
 
 BLOCKS = 10
 REPLICATES = 2

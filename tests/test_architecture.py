@@ -18,7 +18,7 @@ FLOORS = (
     {"pipeline"},
     {"stages"},
     {"checks", "doctor", "explore", "distributed"},
-    {"judge", "generation", "rows", "effects", "calibration_text", "model", "sae", "store", "plots"},
+    {"judge", "generation", "rows", "effects", "sources", "calibration_text", "model", "sae", "store", "plots"},
     {"engine", "results", "approximator", "methods"},
     {"goal", "vector", "records", "progress", "experiment", "config"},
     {"tokens", "hooks", "quiet", "shapes", "errors"},

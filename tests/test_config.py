@@ -59,7 +59,7 @@ def test_an_experiment_with_every_kind_of_setting_reads_back_equal(tmp_path: Pat
     experiment = load_experiment(
         "tiny",
         [
-            'effects.sources=[{kind="decoder",rows=[3,1]},{kind="random",count=5},{kind="decoder",sae={loader="random",d_sae=96},stop=7}]',
+            'effects.sources=[{kind="decoder",rows=[3,1]},{kind="random",count=5},{kind="decoder",name="wide",sae={loader="random",d_sae=96},stop=7}]',
             "effects.target_loss=9.25",
             'effects.prompts=["", "a \\"quoted\\" word", "ünï\\ncode"]',
             "steering.features.london=[[14455, 0.1], [3, -2.5]]",

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from saets.config import Experiment
-from saets.effects import BASELINE, EffectWorker, Failure, Measurement, baseline_items, effect_of, noise_owner, vector_items
+from saets.effects import BASELINE, EffectWorker, Failure, Measurement, baseline_items, effect_of, noise_owner
 from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
 from saets.experiment import load_experiment
-from saets.records import VectorItem, vector_id
+from saets.records import VectorItem
 from saets.rows import Baseline, effect_rows
 from saets.sae import load_sae
+from saets.sources import vector_items
 
 HOOK = "blocks.2.hook_resid_post"
 PIN = ["model.dtype=float32", "model.device=cpu"]
@@ -61,12 +62,6 @@ def activations(model: Any, experiment: Experiment, item: VectorItem, scale: flo
     sae = load_sae(experiment.sae, 32)
     acts = torch.relu((residual - sae.b_dec) @ sae.W_enc + sae.b_enc)
     return acts.view(len(settings.prompts), settings.rollouts, settings.length, -1)
-
-
-def pick(kind: str, **keys: object) -> list[str]:
-    """The override that makes one source the only one."""
-    inside = ", ".join(f"{key} = {value}" for key, value in {"kind": f'"{kind}"', **keys}.items())
-    return [f"effects.sources=[{{ {inside} }}]"]
 
 
 def test_an_effect_is_the_mean_over_all_rollouts_and_positions_steered_minus_unsteered(
@@ -148,85 +143,6 @@ def test_another_run_seed_draws_other_texts_for_the_same_vector(together: list[M
     (other,) = measured(EffectWorker(load_experiment("tiny", [*PIN, "seed=1"])), [together[0].item])
     assert other.calibration == together[0].calibration
     assert not np.allclose(other.mean, together[0].mean)
-
-
-def test_decoder_rows_become_unit_vectors_with_their_row_number_and_the_hash_of_their_bytes(tiny_experiment: Experiment) -> None:
-    decoder = load_sae(tiny_experiment.sae, 32).W_dec.double().numpy()
-    items = vector_items(tiny_experiment, 32)
-    assert [item.index for item in items] == list(range(64))
-    for item in items:
-        row = decoder[item.index]
-        assert np.allclose(item.direction, row / np.sqrt((row**2).sum()), atol=1e-6)
-        assert item.direction.dtype == np.float32
-        assert (item.source, item.vector_id) == ("decoder", vector_id(item.direction))
-    assert len({item.vector_id for item in items}) == 64
-
-
-@pytest.mark.parametrize(
-    ("keys", "rows"),
-    [
-        ({"start": 60}, [60, 61, 62, 63]),
-        ({"stop": 3}, [0, 1, 2]),
-        ({"start": 5, "stop": 7}, [5, 6]),
-        ({"rows": [9, 2, 40]}, [9, 2, 40]),
-        ({"rows": [9, 2, 9]}, [9, 2]),
-    ],
-)
-def test_a_source_takes_a_range_or_a_list_of_rows(keys: dict[str, object], rows: list[int]) -> None:
-    items = vector_items(load_experiment("tiny", pick("decoder", **keys)), 32)
-    assert [item.index for item in items] == rows
-
-
-@pytest.mark.parametrize(
-    ("keys", "named"),
-    [
-        ({"stop": 65}, "row 64"),
-        ({"start": 64, "stop": 70}, "row 64"),
-        ({"rows": [3, 64]}, "row 64"),
-        ({"rows": [-1]}, "row -1"),
-        ({"start": 7, "stop": 7}, "no rows"),
-        ({"start": 64}, "no rows"),
-        ({"stop": 0}, "no rows"),
-        ({"rows": []}, "no rows"),
-    ],
-)
-def test_rows_that_the_decoder_does_not_have_are_refused(keys: dict[str, object], named: str) -> None:
-    with pytest.raises(InputError, match=f"effects.sources asks for {named}.*the SAE has rows 0 to 63"):
-        vector_items(load_experiment("tiny", pick("decoder", **keys)), 32)
-
-
-def test_a_vector_that_two_sources_hold_is_measured_once_and_keeps_its_first_place() -> None:
-    sources = '[{ kind = "decoder", rows = [4, 2] }, { kind = "random", count = 2 }, { kind = "decoder", stop = 5 }]'
-    items = vector_items(load_experiment("tiny", [f"effects.sources={sources}"]), 32)
-    found = [(item.source, item.index) for item in items]
-    assert found == [
-        *(("decoder", 4), ("decoder", 2)),
-        *(("random", 0), ("random", 1)),
-        *(("decoder", 0), ("decoder", 1), ("decoder", 3)),
-    ]
-
-
-def test_rows_of_another_sae_stand_beside_those_of_the_measuring_one() -> None:
-    wide = '{ loader = "random", d_sae = 96 }'
-    items = vector_items(load_experiment("tiny", pick("decoder", start=90, sae=wide)), 32)
-    assert [item.index for item in items] == [90, 91, 92, 93, 94, 95]
-
-
-def test_random_vectors_are_of_unit_length_and_seeded_one_by_one() -> None:
-    def directions(count: int, seed: int) -> np.ndarray:
-        experiment = load_experiment("tiny", [*pick("random", count=count), f"seed={seed}"])
-        items = vector_items(experiment, 32)
-        assert [(item.source, item.index) for item in items] == [("random", index) for index in range(count)]
-        return np.stack([item.direction for item in items])
-
-    many = directions(200, 0)
-    assert np.allclose(np.linalg.norm(many.astype(np.float64), axis=1), 1, atol=1e-6)
-    assert np.array_equal(directions(3, 0), many[:3])
-    assert not np.allclose(directions(3, 1), many[:3], atol=0.01)
-    between = (many @ many.T)[np.triu_indices(200, 1)]
-    assert np.abs(between).max() < 0.9
-    assert between.std() == pytest.approx(1 / np.sqrt(32), rel=0.1)
-    assert np.abs(many.mean(axis=0)).max() < 5 / np.sqrt(32 * 200)
 
 
 def test_the_row_of_an_effect_holds_the_difference_and_both_standard_errors(

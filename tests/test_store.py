@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from saets.config import Experiment
@@ -306,3 +307,45 @@ def test_files_of_a_run_are_named_by_goal_and_method(tmp_path: Path) -> None:
     assert run.vector("london", "sae_ts") == tmp_path / "vectors" / "london--sae_ts.safetensors"
     assert run.approximator == tmp_path / "approximator.safetensors"
     assert run.grades("london", "a").folder != run.grades("london", "b").folder != run.grades("anger", "b").folder
+
+
+def test_compacting_joins_small_shards_and_keeps_every_row(table: Table) -> None:
+    for i in range(5):
+        table.write(pa.table({"key": [f"{i}-{j}" for j in range(3)], "value": [i] * 3}))
+    before = table.read()
+    table.compact()
+    assert len(table.shards()) == 1
+    assert table.read().equals(before)
+    table.write(pa.table({"key": ["0-0"], "value": [9]}))
+    table.compact()
+    assert table.read().filter(pl.col("key") == "0-0")["value"].item() == 9
+    assert len(list(table.folder.iterdir())) == 1
+
+
+def test_a_crash_between_joining_shards_and_removing_them_doubles_and_loses_nothing(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        table.write(pa.table({"key": [str(i)], "value": [i]}))
+    before = table.read()
+
+    def crash(path: Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", crash)
+        with pytest.raises(KeyboardInterrupt):
+            table.compact()
+    assert len(list(table.folder.glob("*.parquet"))) == 4
+    assert sum(pq.read_metadata(path).num_rows for path in table.shards()) == 3
+    assert table.read().equals(before)
+    assert len(list(table.folder.glob("*.parquet"))) == 1
+
+
+def test_large_shards_are_left_alone(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saets.store.SHARD_BYTES", 100)
+    for i in range(3):
+        table.write(pa.table({"key": [str(i)], "value": [i]}))
+    names = [path.name for path in table.shards()]
+    table.compact()
+    assert [path.name for path in table.shards()] == names

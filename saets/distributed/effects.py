@@ -7,6 +7,8 @@ pulls finished blocks, which bounds memory, and is the only writer.
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,10 +21,19 @@ from saets.config import Experiment
 from saets.distributed.cluster import Cluster, actor_count, input_error
 from saets.effects import EffectWorker, Failure, Measurement, describe, vectors_per_batch
 from saets.engine.calibration import Calibration
+from saets.errors import InputError
 from saets.records import VectorItem
 from saets.rows import tensor_column
 
+logger = logging.getLogger(__name__)
+
 FEATURE_ERRORS = "feature_error_variance"
+
+TASK_RETRIES = 1
+"""Tries after the first of a batch whose process ended."""
+
+RESTARTS = 100
+"""How often an actor may be started again; a node that comes and goes must not end a long run."""
 
 NO_PROGRESS_SECONDS = 1800
 """A run that produces nothing for this long ends instead of waiting for ever."""
@@ -39,8 +50,7 @@ class EffectActor:
         self.facts = describe(self.worker)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        items = _items(batch)
-        results = self.worker.measure(items)
+        results = self._measure(_items(batch))
         d_sae = self.worker.sae.cfg.d_sae
         means = [result.mean if isinstance(result, Measurement) else np.zeros(d_sae, np.float32) for result in results]
         self.facts["rows_per_step"] = self.worker.rows
@@ -56,34 +66,78 @@ class EffectActor:
             table = table.append_column(FEATURE_ERRORS, tensor_column(errors))
         return table
 
+    def _measure(self, items: list[VectorItem]) -> list[Measurement | Failure]:
+        """Where a batch raises, each item by itself, so that the one to blame fails alone."""
+        try:
+            return self.worker.measure(items)
+        except InputError:
+            raise
+        except Exception as error:
+            if "CUDA" in str(error):  # this process cannot go on
+                logger.exception("the GPU process ends and is started again")
+                os._exit(1)
+            if len(items) == 1:
+                return [Failure(items[0], f"{type(error).__name__}: {error}".splitlines()[0])]
+            return [result for item in items for result in self._measure([item])]
+
+
+Batch = tuple[list[Measurement | Failure], dict[str, Any] | None]
+"""Results, and the `describe` of the worker that made them; None where no worker lived to tell."""
+
 
 def measure(
-    items: Sequence[VectorItem], experiment: Experiment, cluster: Cluster, *, rows: int | None = None
-) -> Iterator[tuple[list[Measurement | Failure], dict[str, Any]]]:
-    """Results as batches finish, in any order, each with the `describe` of the worker that made it.
+    items: Sequence[VectorItem],
+    experiment: Experiment,
+    cluster: Cluster,
+    *,
+    rows: int | None = None,
+    actor: type[EffectActor] = EffectActor,
+) -> Iterator[Batch]:
+    """A result for every item as batches finish, in any order.
 
-    `rows` a step are those an earlier part of the run recorded, if there was one.
+    `rows` a step are those an earlier part of the run recorded, if there was one. A batch whose process ends is tried again a
+    few times; what is still missing then is tried once more, each vector by itself, so that one that kills its process costs
+    its neighbours nothing, and becomes a `Failure`.
 
     Raises:
         InputError: what a worker found wrong with the experiment when it loaded.
     """
     cluster.connect()
-    size = vectors_per_batch(experiment)
+    left = {item.vector_id: item for item in items}
+    for size in (vectors_per_batch(experiment), 1):
+        for results, worker in _one_pass(list(left.values()), size, experiment, rows, actor):
+            for result in results:
+                del left[result.item.vector_id]
+            yield results, worker
+        if not left:
+            return
+        logger.warning("%d vectors lost their worker process; trying each by itself", len(left))
+    reason = f"the worker process ended each time it was measured ({2 * (TASK_RETRIES + 1)} times)"
+    yield [Failure(item, reason) for item in left.values()], None
+
+
+def _one_pass(
+    items: Sequence[VectorItem], size: int, experiment: Experiment, rows: int | None, actor: type[EffectActor]
+) -> Iterator[Batch]:
+    """Results of the batches whose process lived."""
     table = _table(items)
     blocks = [table.slice(start, size) for start in range(0, len(items), size)]
     execution = experiment.execution
     dataset = ray.data.from_arrow(blocks)
     dataset.context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     dataset.context.enable_progress_bars = False
+    dataset.context.max_errored_blocks = -1
     gpus = execution.gpus_per_actor or None
     results = dataset.map_batches(
-        EffectActor,
+        actor,
         fn_constructor_args=(experiment.model_dump_json(), rows),
         batch_format="pyarrow",
         batch_size=size,
         compute=ray.data.ActorPoolStrategy(size=actor_count(execution, len(blocks)), max_tasks_in_flight_per_actor=1),
         num_gpus=gpus,
         num_cpus=None if gpus else execution.cpus_per_actor,
+        max_restarts=RESTARTS,
+        max_task_retries=TASK_RETRIES,
     )
     try:
         block: Any

@@ -12,10 +12,11 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from saets.distributed import effects as distributed
-from saets.effects import BASELINE, Failure, Measurement, baseline_items, vector_items
+from saets.effects import BASELINE, Failure, Measurement, baseline_items
 from saets.errors import InputError
 from saets.model import model_shape
 from saets.rows import Baseline, baseline_rows, effect_rows, failure_rows
+from saets.sources import vector_items
 from saets.stages.session import Session
 from saets.store import Appender, RunFolder
 
@@ -50,14 +51,27 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
         _EffectWriter(run, blocks=experiment.effects.baseline_blocks) as writer,
     ):
         for results, worker in distributed.measure([*blocks, *missing], experiment, session.cluster, rows=rows):
-            _check_weights(run, shipped, worker)
-            _record_shape(run, worker)
+            if worker is not None:
+                _check_weights(run, shipped, worker)
+                _record_shape(run, worker)
             writer.add([result for result in results if isinstance(result, Measurement)])
             failures.add(result for result in results if isinstance(result, Failure))
+            _check_baseline(results)
             advance(len(results))
+    run.effects.compact()
     lost = run.failures.ids() - run.effects.ids()
     if lost:
         logger.warning("%d vectors could not be measured; the reasons are in %s", len(lost), run.failures.folder)
+
+
+def _check_baseline(results: Iterable[Measurement | Failure]) -> None:
+    """Without its baseline no effect can be written, so a block that fails ends the stage."""
+    for result in results:
+        if isinstance(result, Failure) and result.item.source == BASELINE:
+            raise InputError(
+                f"the unsteered baseline could not be measured: {result.reason}. Run `saets doctor`, then the same "
+                "command again: everything written so far is kept"
+            )
 
 
 def _recorded_rows(run: RunFolder) -> int | None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from saets.config import Experiment
-from saets.effects import EffectWorker, Measurement, describe, rows_per_step, vector_items
+from saets.effects import EffectWorker, Measurement, describe, rows_per_step
 from saets.engine import memory
 from saets.engine.bridge import BridgeDecoder
 from saets.engine.plain import PlainDecoder
 from saets.engine.rollout import RolloutEngine
 from saets.experiment import load_experiment
+from saets.sources import vector_items
 
 PIN = ["model.dtype=float32", "model.device=cpu"]
 HOOK = "blocks.2.hook_resid_post"

@@ -1,0 +1,96 @@
+"""Measuring on a real Ray session: vectors that break their worker or its process cost nothing but themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from saets.config import Experiment
+from saets.distributed.cluster import Cluster
+from saets.distributed.effects import EffectActor, measure
+from saets.effects import EffectWorker, Failure, Measurement
+from saets.experiment import load_experiment
+from saets.records import VectorItem
+from saets.sources import vector_items
+
+pytestmark = pytest.mark.ray
+
+ILL, DEADLY = 5, 11
+"""Decoder rows that raise an error, and that end the process."""
+
+
+class Fragile(EffectActor):
+    """Breaks on two vectors."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if DEADLY in batch.column("index").to_pylist():
+            os._exit(9)
+        return super().__call__(batch)
+
+    def _measure(self, items: list[VectorItem]) -> list[Measurement | Failure]:
+        measure_well = self.worker.measure
+
+        def measure_badly(some: list[VectorItem]) -> list[Measurement | Failure]:
+            if any(item.index == ILL for item in some):
+                raise ArithmeticError("this vector is ill")
+            return measure_well(some)
+
+        self.worker.measure = measure_badly  # type: ignore[method-assign, assignment]
+        try:
+            return super()._measure(items)
+        finally:
+            self.worker.measure = measure_well  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    """Vectors in batches of four."""
+    sources = "effects.sources=[{ stop = 14 }]"
+    return load_experiment("tiny", ["model.dtype=float32", "model.device=cpu", "execution.rows=48", sources])
+
+
+@pytest.fixture(scope="module")
+def cluster(experiment: Experiment) -> Iterator[Cluster]:
+    with Cluster(experiment.execution) as cluster:
+        cluster.connect()
+        yield cluster
+
+
+def test_a_vector_that_raises_and_one_that_kills_its_process_fail_alone(cluster: Cluster, experiment: Experiment) -> None:
+    items = vector_items(experiment, 32)
+    found = {r.item.index: r for results, _ in measure(items, experiment, cluster, actor=Fragile) for r in results}
+    assert sorted(found) == list(range(14))
+    failures = {index: result.reason for index, result in found.items() if isinstance(result, Failure)}
+    assert failures == {
+        ILL: "ArithmeticError: this vector is ill",
+        DEADLY: "the worker process ended each time it was measured (4 times)",
+    }
+    worker = EffectWorker(experiment)
+    for expected in worker.measure(items):
+        result = found[expected.item.index]
+        if isinstance(result, Measurement):
+            assert isinstance(expected, Measurement)
+            assert np.array_equal(result.mean, expected.mean)
+
+
+def test_every_item_has_one_result_and_the_worker_tells_its_shape(cluster: Cluster, experiment: Experiment) -> None:
+    items = vector_items(experiment, 32)
+    batches = list(measure(items, experiment, cluster, rows=24))
+    ids = [result.item.vector_id for results, _ in batches for result in results]
+    assert sorted(ids) == sorted(item.vector_id for item in items)
+    shapes = {(worker or {})["rows_per_step"] for _, worker in batches}
+    assert shapes == {24}
+
+
+def test_standard_errors_of_features_travel(cluster: Cluster, tmp_path: Path) -> None:
+    experiment = load_experiment("tiny", ["model.device=cpu", "effects.standard_errors=features", "effects.sources=[{stop=2}]"])
+    for results, _ in measure(vector_items(experiment, 32), experiment, cluster):
+        for result in results:
+            assert isinstance(result, Measurement)
+            assert result.feature_error_variance is not None
+            assert result.feature_error_variance.mean() == pytest.approx(result.error_variance, rel=1e-4)
