@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,14 +13,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 from saets.config import Experiment
 from saets.errors import InputError
 from saets.experiment import load_experiment, preset_names
-from saets.progress import Advance
+from saets.terminal import shown_progress
 
 if TYPE_CHECKING:
     from saets.explore import Run
@@ -30,46 +27,6 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-class TerminalProgress:
-    """A bar with rate and time left for each stage; nothing at all where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        self._bars = Bars(
-            TextColumn("{task.description:<26}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=errors,
-            disable=not errors.is_terminal,
-        )
-
-    def __enter__(self) -> TerminalProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    @contextlib.contextmanager
-    def stage(self, title: str, total: int, done: int, unit: str) -> Iterator[Advance]:
-        """One bar; the rate counts only what is done now."""
-        bar = self._bars.add_task(title, total=total, completed=done, unit=unit, rate="")
-        started, count = time.monotonic(), 0
-
-        def advance(n: int) -> None:
-            nonlocal count
-            count += n
-            rate = count / max(time.monotonic() - started, 1e-9)
-            self._bars.update(bar, advance=n, rate=f"{rate:.2f}/s")
-
-        yield advance
-        self._bars.stop_task(bar)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,7 +240,7 @@ def _session(
     else:
         check_experiment(experiment)
     with (
-        TerminalProgress() as progress,
+        shown_progress(errors) as progress,
         Session.open(experiment, out, progress, measure=measure, verbose=options.verbose) as session,
     ):
         yield session

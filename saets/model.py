@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from saets.config import Model, RandomWeights
 from saets.engine.choice import PLAIN
+from saets.engine.memory import free_bytes
 from saets.engine.plain import share_weights
 from saets.errors import InputError
 from saets.quiet import quiet
@@ -101,12 +102,13 @@ def load_model(spec: Model) -> Any:
     in place, and rollouts run faster without its hooks.
 
     Raises:
-        InputError: weights missing (says what to install or download), unknown device.
+        InputError: weights missing (says what to install or download), unknown device, too little memory for the weights.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
+    _check_memory(spec, device, dtype)
     weights = LOADERS[spec.loader](spec, dtype)
     with quiet():
         model = weights.model.to(device).eval().requires_grad_(False)
@@ -116,6 +118,22 @@ def load_model(spec: Model) -> Any:
         )
     bridge.__dict__[PLAIN] = plain  # not a submodule: it has no weights of its own
     return bridge.eval().requires_grad_(False)
+
+
+def _check_memory(spec: Model, device: torch.device, dtype: torch.dtype) -> None:
+    if spec.loader != "transformers":
+        return
+    with torch.device("meta"):
+        numbers = sum(
+            p.numel() for p in AutoModelForCausalLM.from_config(_from_hub(AutoConfig.from_pretrained, spec)).parameters()
+        )
+    needed, free = numbers * dtype.itemsize, free_bytes(device)
+    if needed > free:
+        raise InputError(
+            f"model {spec.name!r} has {numbers / 1e9:.2f} billion weights, which take {needed / 2**30:.1f} GiB in "
+            f"{str(dtype).removeprefix('torch.')}; {device} has {free / 2**30:.1f} GiB free. Use another device, a smaller "
+            "model.dtype, or fewer actors on one machine"
+        )
 
 
 def weights_hash(module: torch.nn.Module) -> str:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from saets.batch import Row
 from saets.calibration import PAPER_GRID, Calibrator, ScaleRule
-from saets.decoder import BridgeDecoder, find_blocks
+from saets.decoder import find_blocks
 from saets.rollout import RolloutEngine
 from saets.sampling import row_seed
 
@@ -115,7 +115,7 @@ def main() -> None:
         "scale_engine": single["scale_engine"],
     }
     facts |= throughput(subject, full)
-    facts |= bridge_rate(options, subject, full, tokenizer)
+    facts |= bridge_rate(subject, full)
     facts["max_relative_difference"] = largest_difference(subject, full)
     model = model.to(half)
     mixed = full
@@ -406,17 +406,19 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def bridge_rate(options: argparse.Namespace, subject: Subject, work: Work, tokenizer: Any) -> dict[str, float]:
-    """Tokens a second through a TransformerBridge's hooks, where TransformerLens is installed and the weights are real."""
-    if options.weights != "real":
+def bridge_rate(subject: Subject, work: Work) -> dict[str, float]:
+    """Tokens a second through a TransformerBridge's hooks, where TransformerLens is installed."""
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
         return {}
-    from saets.experiment import load_experiment
-    from saets.model import load_model
+    from saets.engine.bridge import BridgeDecoder
+    from saets.model import ByteTokenizer
 
-    spec = load_experiment(options.model, ["model.dtype=float32", f"model.device={subject.model.device}"]).model
-    bridge = load_model(spec)
+    copied = share_weights(subject.model)
+    bridge: Any = TransformerBridge.boot_transformers("benchmark", hf_model=copied, tokenizer=ByteTokenizer.build())
     engine = RolloutEngine(bridge, subject.hook_name, top_k=TOP_K)
-    engine.decoder = BridgeDecoder(bridge, subject.hook_name)
+    assert isinstance(engine.decoder, BridgeDecoder)
     rows, vectors = batch(work, subject.directions[: work.vectors] * subject.grid[3])
     seconds, _ = timed(subject.model.device, lambda: engine.run(rows, vectors, LENGTH, subject.encode))
     return {"tokens_per_s_bridge": len(rows) * LENGTH / seconds}

@@ -20,8 +20,8 @@ FLOORS = (
     {"checks", "doctor", "explore", "distributed"},
     {"judge", "generation", "rows", "effects", "sources", "calibration_text", "model", "sae", "store", "plots"},
     {"engine", "results", "approximator", "methods"},
-    {"goal", "vector", "records", "progress", "experiment", "config"},
-    {"tokens", "hooks", "quiet", "shapes", "errors"},
+    {"goal", "vector", "records", "terminal", "experiment", "config"},
+    {"tokens", "hooks", "progress", "quiet", "shapes", "errors"},
 )
 """From the door down to the ground; a module imports from its own floor and from floors below."""
 
