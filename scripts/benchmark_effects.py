@@ -27,13 +27,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from saets.batch import Row
-from saets.calibration import PAPER_GRID, Calibrator, ScaleRule
-from saets.decoder import find_blocks
-from saets.rollout import RolloutEngine
-from saets.sampling import row_seed
-
-from saets import reference
+from saets.engine import reference
+from saets.engine.batch import Row
+from saets.engine.calibration import PAPER_GRID, Calibrator, ScaleRule
+from saets.engine.decoder import find_blocks
+from saets.engine.plain import share_weights
+from saets.engine.rollout import RolloutEngine
+from saets.engine.sampling import row_seed
 
 SAMPLES, LENGTH, TOP_K = 64, 32, 50
 PROMPT_LENGTHS = (1, 1, 1, 3, 4, 3, 3, 3, 6, 5, 5, 4, 5, 4)
@@ -263,9 +263,11 @@ def grid_of(model: Any, block: torch.nn.Module, direction: Tensor, tokens: Tenso
     some = tokens[:16]
     target = reference.loss(model, block, 0 * direction, some) + 0.5
     scale = 0.2 * residual.float().norm(dim=-1).median().item()
-    while reference.loss(model, block, scale * direction, some) < target:
+    for _ in range(40):
+        if reference.loss(model, block, scale * direction, some) >= target:
+            return tuple(scale / 3.75 * step for step in range(11))
         scale *= 1.3
-    return tuple(scale / 3.75 * step for step in range(11))
+    sys.exit("no scale raises the loss of this random model by 0.5; try another --model")
 
 
 def compare(subject: Subject, work: Work, together: Sequence[int] | None) -> dict[str, Any]:

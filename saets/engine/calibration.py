@@ -25,7 +25,6 @@ PASS_ROWS = {"cpu": 64, "cuda": 256}
 LOGITS_AT_ONCE = 64
 """Rows of logits that a loss reads at once: few enough to stay in a CPU's cache."""
 
-
 PAPER_GRID = tuple(20.0 * step for step in range(11))
 """The reference's scales."""
 
@@ -81,7 +80,6 @@ class Calibrator:
                 f"effects.target_loss is {rule.target_loss}, but the unsteered loss on the calibration text is already "
                 f"{self.unsteered_loss:.3f}; give a higher target or effects.loss_increase"
             )
-
         self._first = len(rule.grid) // 2
         """Which grid scale `bracket` measures first: where a random direction, the same for all workers, crosses the target."""
         if rule.fixed_scale is None and rule.search == "bracket":
@@ -144,7 +142,6 @@ class _Search:
         self._first = first
         self._grid, self._target, self._scan = rule.grid, target, rule.search == "scan"
         self._losses = {0: unsteered_loss}
-        self._broken: float | None = None
 
     def take(self, scale: float, loss: float) -> None:
         """A measured loss; one that is not finite counts as beyond the target."""

@@ -1,0 +1,51 @@
+"""The entry points in scripts/ start, and the benchmark measures what its last line says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+PROMISED = {
+    "vectors_per_s_literal",
+    "vectors_per_s_engine",
+    "ratio",
+    "ratio_bfloat16",
+    "ratio_mixed",
+    "distinct_over_single",
+    "steered_over_unsteered",
+    "fraction_of_ceiling",
+    "max_relative_difference",
+}
+
+
+def run(script: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=300, check=False, cwd=SCRIPTS.parent
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.glob("*.py")))
+def test_a_script_says_what_it_is_for(name: str) -> None:
+    assert "usage: " in run(SCRIPTS / name, "--help")
+
+
+def test_the_effects_benchmark_compares_both_algorithms_on_any_config(tmp_path: Path) -> None:
+    transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True
+    ).save_pretrained(tmp_path)
+    printed = run(SCRIPTS / "benchmark_effects.py", "--model", str(tmp_path), "--quick", "--d-sae", "64")
+    facts = json.loads(printed.splitlines()[-1])
+    assert facts.keys() >= PROMISED
+    assert all(facts[name] > 0 for name in PROMISED - {"max_relative_difference"})
+    assert facts["max_relative_difference"] < 1e-4
+    assert facts["scale_engine"] == pytest.approx(facts["scale_literal"], rel=1e-2)
+    assert facts["vectors_per_s_engine"] / facts["vectors_per_s_literal"] == pytest.approx(facts["ratio"], rel=1e-2)
