@@ -116,6 +116,8 @@ def main() -> None:
     }
     facts |= throughput(subject, full)
     facts |= bridge_rate(subject, full)
+    if options.profile:
+        facts["time_shares"] = time_shares(subject, full)
     facts["max_relative_difference"] = largest_difference(subject, full)
     model = model.to(half)
     mixed = full
@@ -150,6 +152,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--float16", action="store_true", help="float16 instead of bfloat16")
     parser.add_argument("--d-sae", type=int, help="width of the random SAE")
     parser.add_argument("--quick", action="store_true", help="3 prompts instead of 14, a quarter of the calibration text")
+    parser.add_argument("--profile", action="store_true", help="also say where the engine's time goes")
     parser.add_argument(
         "--rows-of-vectors",
         type=int,
@@ -406,6 +409,25 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
             seconds, _ = timed(device, lambda a=a, b=b: torch.nn.functional.linear(a, b))
             best = max(best, 2 * m * k * n / seconds)
     return best
+
+
+def time_shares(subject: Subject, work: Work) -> dict[str, float]:
+    """Where the engine's time goes, by kind of operation, as torch's profiler sees it."""
+    engine = RolloutEngine(subject.model, subject.hook_name, top_k=TOP_K)
+    rows, vectors = batch(work, subject.directions[: work.vectors] * subject.grid[3])
+    with torch.profiler.profile() as profile:
+        engine.run(rows, vectors, LENGTH, subject.encode)
+    kinds = {
+        "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+        "top-k": ("aten::topk",),
+        "attention": ("scaled_dot_product",),
+    }
+    cuda = subject.model.device.type == "cuda"
+    spent = dict.fromkeys([*kinds, "the rest"], 0.0)
+    for event in profile.key_averages():
+        kind = next((kind for kind, names in kinds.items() if any(name in event.key for name in names)), "the rest")
+        spent[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    return {kind: seconds / sum(spent.values()) for kind, seconds in spent.items()}
 
 
 def bridge_rate(subject: Subject, work: Work) -> dict[str, float]:
