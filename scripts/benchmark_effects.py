@@ -115,7 +115,7 @@ def main() -> None:
         "scale_engine": single["scale_engine"],
     }
     facts |= throughput(subject, full)
-    facts |= bridge_rate(subject, full)
+    facts |= bridge_rate(subject, full._replace(vectors=1))
     if options.profile:
         facts["time_shares"] = time_shares(subject, full)
     facts["max_relative_difference"] = largest_difference(subject, full)
