@@ -25,9 +25,18 @@ PROMISED = {
 }
 
 
-def run(script: Path, *arguments: str) -> str:
+BARE = """
+import runpy, sys
+for name in ("pydantic", "jaxtyping", "transformer_lens", "sae_lens", "ray", "polars", "pyarrow", "psutil"):
+    sys.modules[name] = None
+runpy.run_path(SCRIPT, run_name="__main__")
+"""
+"""Runs a script as on a machine that has torch and transformers and nothing else of ours."""
+
+
+def run(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=300, check=False, cwd=SCRIPTS.parent
+        [sys.executable, *command], capture_output=True, text=True, timeout=300, check=False, cwd=SCRIPTS.parent
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -35,17 +44,21 @@ def run(script: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.glob("*.py")))
 def test_a_script_says_what_it_is_for(name: str) -> None:
-    assert "usage: " in run(SCRIPTS / name, "--help")
+    assert "usage: " in run(str(SCRIPTS / name), "--help")
 
 
-def test_the_effects_benchmark_compares_both_algorithms_on_any_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_effects_benchmark_compares_both_algorithms_on_any_config(tmp_path: Path, bare: bool) -> None:
     transformers.LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True
     ).save_pretrained(tmp_path)
-    printed = run(SCRIPTS / "benchmark_effects.py", "--model", str(tmp_path), "--quick", "--d-sae", "64")
+    script = SCRIPTS / "benchmark_effects.py"
+    start = ["-c", BARE.replace("SCRIPT", repr(str(script)))] if bare else [str(script)]
+    printed = run(*start, "--model", str(tmp_path), "--quick", "--d-sae", "64")
     facts = json.loads(printed.splitlines()[-1])
     assert facts.keys() >= PROMISED
     assert all(facts[name] > 0 for name in PROMISED - {"max_relative_difference"})
     assert facts["max_relative_difference"] < 1e-4
+    assert ("tokens_per_s_bridge" in facts) is not bare
     assert facts["scale_engine"] == pytest.approx(facts["scale_literal"], rel=1e-2)
     assert facts["vectors_per_s_engine"] / facts["vectors_per_s_literal"] == pytest.approx(facts["ratio"], rel=1e-2)
