@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -128,17 +129,19 @@ def _one_pass(
     dataset.context.enable_progress_bars = False
     dataset.context.max_errored_blocks = -1
     gpus = execution.gpus_per_actor or None
-    results = dataset.map_batches(
-        actor,
-        fn_constructor_args=(experiment.model_dump_json(), rows),
-        batch_format="pyarrow",
-        batch_size=size,
-        compute=ray.data.ActorPoolStrategy(size=actor_count(execution, len(blocks)), max_tasks_in_flight_per_actor=1),
-        num_gpus=gpus,
-        num_cpus=None if gpus else execution.cpus_per_actor,
-        max_restarts=RESTARTS,
-        max_task_retries=TASK_RETRIES,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # restarts and retries have no named parameter in this Ray yet
+        results = dataset.map_batches(
+            actor,
+            fn_constructor_args=(experiment.model_dump_json(), rows),
+            batch_format="pyarrow",
+            batch_size=size,
+            compute=ray.data.ActorPoolStrategy(size=actor_count(execution, len(blocks)), max_tasks_in_flight_per_actor=1),
+            num_gpus=gpus,
+            num_cpus=None if gpus else execution.cpus_per_actor,
+            max_restarts=RESTARTS,
+            max_task_retries=TASK_RETRIES,
+        )
     try:
         block: Any
         for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
