@@ -18,7 +18,7 @@ from saets.model import load_model
 from saets.records import Generation, GenerationItem
 from saets.tokens import completion_text, encode
 
-TEXTS_PER_BATCH = 256
+TEXTS_PER_BATCH = 512
 """Completions written together where `execution.rows` is `auto`."""
 
 
