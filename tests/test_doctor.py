@@ -14,7 +14,7 @@ from saets.config import Experiment
 from saets.engine import plain
 from saets.engine.bridge import BridgeDecoder
 from saets.engine.choice import decoder_for
-from saets.engine.decoder import Step
+from saets.engine.decoder import Step, Unsupported
 from saets.engine.plain import PlainDecoder
 
 CHECKS = ["environment", "judge", "device", "decoder", "logits", "two halves", "every position", "scale 0", "effects", "hooks"]
@@ -34,7 +34,7 @@ def test_a_sound_model_passes_every_check(tiny_experiment: Experiment) -> None:
 
 def test_the_bridge_passes_too(tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise NotImplementedError("not here")
+        raise Unsupported("not here")
 
     monkeypatch.setattr(PlainDecoder, "_probe", refuse)
     findings = {finding.check: finding for finding in doctor.examine(tiny_experiment)}

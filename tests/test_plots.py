@@ -109,7 +109,7 @@ def test_a_saved_chart_opens_without_a_network(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", CHARTS)
 @pytest.mark.parametrize("frame", [texts(samples=1), failed(texts())], ids=["one sample", "all failed"])
 def test_a_chart_of_little_or_nothing_still_draws(name: str, frame: pl.DataFrame) -> None:
-    CHARTS[name](frame).to_dict()
+    assert CHARTS[name](frame).to_dict()["$schema"].startswith("https://vega.github.io/schema/vega-lite")
 
 
 def test_an_unreadable_folder_is_the_callers_mistake(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from saets.engine.decoder import Unsupported
 from saets.shapes import Float
 
 KERNEL = "saets_rollout"
@@ -39,11 +40,11 @@ def rollout_attention(
     """Causal attention without a mask; [rows, queries, heads, d_head]. Soft-capped scores and sliding windows as in Gemma 2.
 
     Raises:
-        NotImplementedError: the model asks for something that is not computed here; the caller then uses another decoder.
+        Unsupported: the model asks for something that is not computed here; the caller then uses another decoder.
     """
     asked = [name for name in UNSUPPORTED if others.get(name) is not None and others[name] is not False]
     if asked or attention_mask is not None or (dropout and module.training):
-        raise NotImplementedError(f"rollout attention computes no {', '.join(asked) or 'masks or dropout'}")
+        raise Unsupported(f"rollout attention computes no {', '.join(asked) or 'masks or dropout'}")
     rows, heads, queries, d_head = query.shape
     kv_heads, keys = key.shape[1:3]
     if queries == 1:

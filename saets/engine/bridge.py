@@ -71,7 +71,7 @@ class _BridgeSteps:
         return residual + self._added[:, None, :]
 
     def prompts(self, tokens: Tensor, added: Tensor, rows: slice, of: Tensor) -> Tensor:
-        raise NotImplementedError("a bridge reads every row from BOS")
+        raise RuntimeError("a bridge reads every row from BOS; see Decoder.shares_prompts")
 
     @torch.no_grad()
     def step(self, tokens: Tensor, position: int, added: Tensor, *, last: bool) -> Step:

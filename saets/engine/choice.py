@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from saets.engine.bridge import BridgeDecoder, check_hook
-from saets.engine.decoder import Decoder
+from saets.engine.decoder import Decoder, Unsupported
 from saets.engine.plain import PlainDecoder
 from saets.errors import InputError
 
@@ -33,7 +33,7 @@ def decoder_for(model: Any, hook_name: str) -> Decoder:
     if plain is not None:
         try:
             return PlainDecoder(plain, hook_name)
-        except NotImplementedError as error:
+        except Unsupported as error:
             reason = str(error)
     if isinstance(model, PreTrainedModel):
         raise InputError(f"{type(model).__name__} cannot be steered as it is ({reason}); load it with saets.load_model")

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from saets.shapes import Float, Int
 
 
+class Unsupported(Exception):
+    """The fast decoder cannot run this model as it is; the message says why, and a bridge runs it instead."""
+
+
 class Step(NamedTuple):
     """What one step gives."""
 
@@ -69,12 +73,12 @@ def find_blocks(model: nn.Module, n_blocks: int) -> list[nn.Module]:
     """The model's blocks in order: its one list of that many modules.
 
     Raises:
-        NotImplementedError: no such list, or several.
+        Unsupported: no such list, or several.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n_blocks]
     sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
     if not lists or sizes.count(max(sizes)) > 1:
-        raise NotImplementedError(f"{type(model).__name__} is not one list of {n_blocks} blocks")
+        raise Unsupported(f"{type(model).__name__} is not one list of {n_blocks} blocks")
     return list(lists[sizes.index(max(sizes))])
 
 

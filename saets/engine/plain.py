@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saets.engine.attention import KERNEL, RolloutCache
-from saets.engine.decoder import Step, bytes_per_row, find_blocks, skipped
+from saets.engine.decoder import Step, Unsupported, bytes_per_row, find_blocks, skipped
 from saets.errors import unknown
 from saets.hooks import blocks_below, layer_of
 from saets.shapes import Float, Int
@@ -40,7 +40,7 @@ class PlainDecoder:
 
         Raises:
             InputError: no such block.
-            NotImplementedError: the model is not built of blocks in a row, or needs attention that is not computed here.
+            Unsupported: the model is not built of blocks in a row, or needs attention that is not computed here.
         """
         self.model = model
         config = model.config.get_text_config()
@@ -51,7 +51,7 @@ class PlainDecoder:
             raise unknown("hook name", hook_name, (f"blocks.{i}.hook_resid_post" for i in range(self.n_blocks)))
         self._blocks = find_blocks(model, self.n_blocks)
         if self._below == 0:
-            raise NotImplementedError("the hook lies before the first block")
+            raise Unsupported("the hook lies before the first block")
         self._hooked = self._blocks[self._below - 1]
         self._cache: RolloutCache | None = None
         self._probe()
@@ -105,14 +105,16 @@ class PlainDecoder:
                 for position in range(3, 6):
                     found = running.step(tokens[:, position], position, added, last=False)
             upper = self.upper(tokens, self.lower(tokens))[:, -1]
-        except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
-            raise NotImplementedError(f"the rollout attention does not fit {type(self.model).__name__} ({error})") from error
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+            raise Unsupported(f"the rollout attention does not fit {type(self.model).__name__} ({error})") from error
         finally:
             self._cache = None
         assert found.logits is not None
         off = max((logits.float() - expected).square().mean().sqrt().item() for logits in (found.logits, upper))
         if not off <= PROBE_TOLERANCE.get(self.dtype, HALF_TOLERANCE) * expected.std().item():
-            raise NotImplementedError(f"the rollout attention gives {type(self.model).__name__} logits that differ by {off:.3g}")
+            raise Unsupported(f"the rollout attention gives {type(self.model).__name__} logits that differ by {off:.3g}")
 
 
 class _PlainSteps:
@@ -181,7 +183,7 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
-        raise NotImplementedError(f"{type(model).__name__} does not let its attention be chosen")
+        raise Unsupported(f"{type(model).__name__} does not let its attention be chosen")
     try:
         yield
     finally:

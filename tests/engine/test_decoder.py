@@ -13,7 +13,7 @@ from saets.engine.attention import rollout_attention
 from saets.engine.batch import Row
 from saets.engine.bridge import BridgeDecoder
 from saets.engine.choice import decoder_for
-from saets.engine.decoder import find_blocks
+from saets.engine.decoder import Unsupported, find_blocks
 from saets.engine.plain import PlainDecoder, share_weights
 from saets.engine.reference import steered
 from saets.engine.rollout import RolloutEngine
@@ -97,7 +97,7 @@ def test_a_model_whose_attention_is_not_computed_here_goes_through_the_bridge(ti
 
     interface = transformers.AttentionInterface
     monkeypatch.setitem(interface._global_mapping, "saets_rollout", off_by_a_little)
-    with pytest.raises(NotImplementedError, match="logits that differ"):
+    with pytest.raises(Unsupported, match="logits that differ"):
         PlainDecoder(tiny.plain, HOOK)
     assert isinstance(decoder_for(tiny, HOOK), BridgeDecoder)
     with pytest.raises(InputError, match=r"LlamaForCausalLM cannot be steered as it is .* load it with saets.load_model"):
@@ -106,10 +106,10 @@ def test_a_model_whose_attention_is_not_computed_here_goes_through_the_bridge(ti
 
 def test_blocks_are_the_models_one_long_list(tiny: Any) -> None:
     assert find_blocks(tiny.plain, 4) == list(tiny.plain.model.layers)
-    with pytest.raises(NotImplementedError, match="not one list of 5 blocks"):
+    with pytest.raises(Unsupported, match="not one list of 5 blocks"):
         find_blocks(tiny.plain, 5)
     twice = nn.ModuleList([nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList([nn.Linear(2, 2)])])
-    with pytest.raises(NotImplementedError, match="not one list of 1 blocks"):
+    with pytest.raises(Unsupported, match="not one list of 1 blocks"):
         find_blocks(twice, 1)
 
 
@@ -148,7 +148,7 @@ def test_attention_written_out(queries: int, keys: int, softcap: float | None, w
 def test_attention_that_is_not_computed_here_is_refused() -> None:
     states = torch.zeros(1, 2, 1, 4)
     for other in ({"s_aux": torch.ones(2)}, {"position_bias": torch.ones(1)}):
-        with pytest.raises(NotImplementedError, match=next(iter(other))):
+        with pytest.raises(Unsupported, match=next(iter(other))):
             rollout_attention(nn.Module(), states, states, states, None, **other)
-    with pytest.raises(NotImplementedError, match="masks"):
+    with pytest.raises(Unsupported, match="masks"):
         rollout_attention(nn.Module(), states, states, states, torch.zeros(1, 1, 1, 1))
