@@ -15,8 +15,8 @@ from saets.engine import reference
 from saets.engine.batch import Row
 from saets.engine.choice import PLAIN
 from saets.engine.decoder import Decoder, find_blocks
-from saets.engine.memory import free_bytes
-from saets.engine.plain import PlainDecoder
+from saets.engine.machine import free_bytes
+from saets.engine.plain import HALF_LOGITS, LOGIT_TOLERANCE, PlainDecoder
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
@@ -27,11 +27,6 @@ from saets.sae import describe_sae, load_sae
 
 LENGTH = 24
 SAMPLES = 4
-
-LOGIT_TOLERANCE = {torch.float32: 2e-3}
-"""Root mean square difference of logits over their spread, in float32; half precision is allowed `HALF_LOGITS`."""
-
-HALF_LOGITS = 0.1
 
 EFFECT_TOLERANCE = {torch.float32: 1e-4}
 """Relative difference of an effect computed the engine's way and the published way; half precision is allowed `HALF_EFFECTS`."""
@@ -106,10 +101,11 @@ def _decoder(patient: Patient) -> Finding:
     return Finding("decoder", True, "plain transformers modules" if fast else "the bridge's hooks (slower)")
 
 
+@torch.no_grad()
 def _logits(patient: Patient, tokens: Tensor) -> Finding:
     """The bridge and the rollout attention against the model as transformers runs it."""
     expected = _full_pass(patient, tokens, None)
-    bridge = _difference(_no_grad(lambda: patient.bridge(tokens)), expected)
+    bridge = _difference(patient.bridge(tokens), expected)
     stepped = _difference(_stepped(patient.engine.decoder, tokens, 0 * _vector(patient)), expected[:, -1])
     limit = _limit(LOGIT_TOLERANCE, HALF_LOGITS, patient)
     detail = (
@@ -229,11 +225,6 @@ def _stepped(decoder: Decoder, tokens: Tensor, vector: Tensor) -> Tensor:
             step = steps.step(tokens[:, position], position, added, last=False)
     assert step.logits is not None
     return step.logits
-
-
-@torch.no_grad()
-def _no_grad(work: Callable[[], Tensor]) -> Tensor:
-    return work()
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -22,7 +22,7 @@ from saets.calibration_text import calibration_tokens
 from saets.config import Effects, Experiment
 from saets.engine.batch import Row
 from saets.engine.calibration import Calibration, Calibrator, ScaleRule
-from saets.engine.memory import is_out_of_memory, most_rows, rows_that_fit
+from saets.engine.machine import is_out_of_memory, most_rows, rows_that_fit
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.model import load_model, weights_hash

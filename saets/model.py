@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from saets.config import Model, RandomWeights
 from saets.engine.choice import PLAIN
-from saets.engine.memory import free_bytes
+from saets.engine.machine import cpu_has_bfloat16, free_bytes
 from saets.engine.plain import share_weights
 from saets.errors import InputError
 from saets.quiet import quiet
@@ -55,16 +55,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the device computes in it natively, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    fast = device.type == "cuda" or _cpu_has_bfloat16()
+    fast = device.type == "cuda" or cpu_has_bfloat16()
     return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def model_shape(spec: Model) -> tuple[int, int, int]:

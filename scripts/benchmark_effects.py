@@ -31,6 +31,7 @@ from saets.engine import reference
 from saets.engine.batch import Row
 from saets.engine.calibration import PAPER_GRID, Calibrator, ScaleRule
 from saets.engine.decoder import find_blocks
+from saets.engine.machine import cpu_has_bfloat16
 from saets.engine.plain import share_weights
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
@@ -88,7 +89,7 @@ def main() -> None:
     )
     subject = subject_of(model, hook_name, sae, full, real=real)
     half = torch.float16 if options.float16 else torch.bfloat16
-    native = device.type == "cuda" or has_native_bfloat16()
+    native = device.type == "cuda" or cpu_has_bfloat16()
     facts: dict[str, Any] = {
         "model": options.model,
         "weights": options.weights,
@@ -477,15 +478,6 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started, found
-
-
-def has_native_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def device_name(device: torch.device) -> str:

@@ -87,7 +87,7 @@ BARE = """
 import sys
 for name in ("pydantic", "jaxtyping", "transformer_lens", "sae_lens", "ray", "polars", "pyarrow", "psutil"):
     sys.modules[name] = None
-import saets.engine.rollout, saets.engine.calibration, saets.engine.memory, saets.engine.reference
+import saets.engine.rollout, saets.engine.calibration, saets.engine.machine, saets.engine.reference
 """
 
 

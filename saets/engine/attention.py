@@ -96,7 +96,7 @@ class RolloutLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take the states of one step of the first rows, or of the prompts that some rows share (`RolloutCache.share`)."""
+        """Take the states of one step of the first rows, or of the prompts that some rows share (`RolloutCache.shared_by`)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None

@@ -17,10 +17,10 @@ from saets.errors import unknown
 from saets.hooks import blocks_below, layer_of
 from saets.shapes import Float, Int
 
-PROBE_TOLERANCE = {torch.float32: 0.002}
+LOGIT_TOLERANCE = {torch.float32: 0.002}
 """Root mean square difference of logits, as a share of their spread, up to which the fast path counts as the same model."""
 
-HALF_TOLERANCE = 0.1
+HALF_LOGITS = 0.1
 """The same in half precision, where the model's own logits are no more certain."""
 
 
@@ -113,7 +113,7 @@ class PlainDecoder:
             self._cache = None
         assert found.logits is not None
         off = max((logits.float() - expected).square().mean().sqrt().item() for logits in (found.logits, upper))
-        if not off <= PROBE_TOLERANCE.get(self.dtype, HALF_TOLERANCE) * expected.std().item():
+        if not off <= LOGIT_TOLERANCE.get(self.dtype, HALF_LOGITS) * expected.std().item():
             raise Unsupported(f"the rollout attention gives {type(self.model).__name__} logits that differ by {off:.3g}")
 
 

@@ -1,6 +1,8 @@
-"""How many rows fit into memory, and what running out of it looks like."""
+"""What the machine has: rows that fit into memory, what running out of it looks like, bfloat16 arithmetic."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -43,3 +45,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
     )
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16; one that does not takes many times as long as in float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

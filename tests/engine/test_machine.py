@@ -10,7 +10,7 @@ import torch
 
 from saets.config import Experiment
 from saets.effects import EffectWorker, Measurement, describe, rows_per_step
-from saets.engine import memory
+from saets.engine import machine
 from saets.engine.bridge import BridgeDecoder
 from saets.engine.plain import PlainDecoder
 from saets.engine.rollout import RolloutEngine
@@ -25,10 +25,10 @@ def test_more_free_memory_fits_more_rows_and_never_none(tiny: Any, monkeypatch: 
     decoder = PlainDecoder(tiny.plain, HOOK)
     row = decoder.bytes_per_row(16) + 3 * 4 * 64
     for free, expected in ((0, 1), (100 * row, 70), (1000 * row, 700), (1 << 50, 1024)):
-        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-        assert memory.rows_that_fit(decoder, 16, 64) == expected
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000 * row)
-    assert memory.rows_that_fit(decoder, 16, 64, share=0.5) == 350
+        monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free)
+        assert machine.rows_that_fit(decoder, 16, 64) == expected
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 1000 * row)
+    assert machine.rows_that_fit(decoder, 16, 64, share=0.5) == 350
 
 
 def test_a_rows_memory_is_keys_values_logits_and_activations(tiny: Any) -> None:
@@ -38,16 +38,16 @@ def test_a_rows_memory_is_keys_values_logits_and_activations(tiny: Any) -> None:
 
 
 def test_this_machine_has_free_memory() -> None:
-    assert memory.free_bytes(torch.device("cpu")) > 1 << 26
+    assert machine.free_bytes(torch.device("cpu")) > 1 << 26
 
 
 def test_running_out_of_memory_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
-    assert memory.is_out_of_memory(caught.value)
-    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not memory.is_out_of_memory(RuntimeError("shapes do not fit"))
-    assert not memory.is_out_of_memory(MemoryError())
+    assert machine.is_out_of_memory(caught.value)
+    assert machine.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not machine.is_out_of_memory(RuntimeError("shapes do not fit"))
+    assert not machine.is_out_of_memory(MemoryError())
 
 
 @pytest.mark.parametrize(("rows", "rollouts", "expected"), [(100, 12, 96), (12, 12, 12), (11, 12, 11), (1, 12, 1), (0, 12, 1)])
