@@ -19,6 +19,9 @@ PACKAGED = "preset:"
 DATASET = "dataset:"
 """Prefix of a calibration text that is a Hugging Face dataset with a `text` column: `dataset:NeelNanda/c4-code-20k`."""
 
+BASELINE = "baseline"
+"""Source of the items that measure unsteered text; item i is block i of the run's one shared baseline."""
+
 LOSS_RULES = ("loss_increase", "target_loss", "fixed_scale")
 """The ways to choose a vector's scale; an experiment names one."""
 
@@ -220,6 +223,8 @@ class Effects(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"effects.sources has two sources named {twice[0]!r}; give each a name of its own")
+        if BASELINE in names:
+            raise ValueError(f"effects.sources names a source {BASELINE!r}, which is the unsteered text; give it another name")
         if len(self.scale_grid) < 2 or self.scale_grid[0] != 0 or list(self.scale_grid) != sorted(set(self.scale_grid)):
             raise ValueError(f"effects.scale_grid must start at 0 and rise; got {list(self.scale_grid)}")
         return self

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saets.calibration_text import calibration_tokens
-from saets.config import Effects, Experiment
+from saets.config import BASELINE, Effects, Experiment
 from saets.engine.batch import Row
 from saets.engine.calibration import Calibration, Calibrator, ScaleRule
 from saets.engine.machine import is_out_of_memory, most_rows, rows_that_fit
@@ -31,9 +31,6 @@ from saets.sae import load_sae
 from saets.shapes import Float
 
 logger = logging.getLogger(__name__)
-
-BASELINE = "baseline"
-"""Source of the items that measure unsteered text; item i is block i of the run's one shared baseline."""
 
 
 @dataclass(frozen=True)

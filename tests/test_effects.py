@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saets.config import Experiment
-from saets.effects import BASELINE, EffectWorker, Failure, Measurement, baseline_items, effect_of, noise_owner
+from saets.config import BASELINE, Experiment
+from saets.effects import EffectWorker, Failure, Measurement, baseline_items, effect_of, noise_owner
 from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed

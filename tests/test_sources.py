@@ -195,5 +195,7 @@ def test_the_methods_own_vectors_can_be_measured_again(tmp_path: Path) -> None:
 def test_two_sources_of_one_name_are_refused() -> None:
     with pytest.raises(InputError, match="two sources named 'decoder'; give each a name of its own"):
         load_experiment("tiny", ["effects.sources=[{ stop = 3 }, { start = 5 }]"])
+    with pytest.raises(InputError, match="names a source 'baseline', which is the unsteered text"):
+        load_experiment("tiny", ["effects.sources=[{ stop = 3, name = 'baseline' }]"])
     named = load_experiment("tiny", ["effects.sources=[{ stop = 3 }, { start = 60, name = 'late' }]"])
     assert [item.source for item in vector_items(named, 32)] == ["decoder"] * 3 + ["late"] * 4

@@ -11,8 +11,9 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
+from saets.config import BASELINE
 from saets.distributed import effects as distributed
-from saets.effects import BASELINE, Failure, Measurement, baseline_items
+from saets.effects import Failure, Measurement, baseline_items
 from saets.errors import InputError
 from saets.model import model_shape
 from saets.rows import Baseline, baseline_rows, effect_rows, failure_rows
