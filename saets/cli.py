@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("experiment", help="a preset name, a TOML file, or a run folder")
             added.add_argument("--out", type=Path, help="run folder; by default the run folder itself, else runs/NAME")
             added.add_argument(
+                "--progress",
+                choices=("auto", "bars", "lines", "none"),
+                default="auto",
+                help="bars, or lines for a log file; by default bars in a terminal and lines in a Ray job's log",
+            )
+            added.add_argument(
                 "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="change one setting"
             )
         return added
@@ -240,7 +246,7 @@ def _session(
     else:
         check_experiment(experiment)
     with (
-        shown_progress(errors) as progress,
+        shown_progress(errors, options.progress) as progress,
         Session.open(experiment, out, progress, measure=measure, verbose=options.verbose) as session,
     ):
         yield session

@@ -209,6 +209,8 @@ class Effects(Section):
     """Sampling noise of a vector's rollouts: its own, or that of one of the baseline's blocks."""
     standard_errors: Literal["rms", "features"] = "rms"
     """What is kept of an effect's standard errors: the root mean square over features, or also one a feature."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Precision in which effects are stored; they are measured in float32."""
     shipped: str | None = None
     """Folder of measured effects to fit together with one's own."""
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from saets.effects import Failure, Measurement, effect_of
+from saets.engine.calibration import Calibration
 from saets.errors import InputError
-from saets.records import Generation, Grade
+from saets.records import Generation, Grade, VectorItem
 
 GENERATIONS = pa.schema(
     [
@@ -37,6 +38,86 @@ GRADES = pa.schema(
         ("judge", pa.string()),
     ]
 )
+
+
+MEASURED = pa.schema(
+    [
+        ("error_variance", pa.float64()),
+        ("scale", pa.float64()),
+        ("loss", pa.float64()),
+        ("outcome", pa.string()),
+        ("unsteered_loss", pa.float64()),
+        ("n_rollouts", pa.int64()),
+        ("n_tokens", pa.int64()),
+    ]
+)
+FEATURE_ERRORS = "feature_error_variance"
+
+
+def item_rows(items: Sequence[VectorItem]) -> pa.Table:
+    """One row an item, with its vector."""
+    return pa.table(
+        {
+            "vector_id": [item.vector_id for item in items],
+            "source": [item.source for item in items],
+            "index": pa.array([item.index for item in items], pa.int64()),
+            "vector": tensor_column([item.direction for item in items]),
+        }
+    )
+
+
+def items_of(table: pa.Table) -> list[VectorItem]:
+    """The items of `item_rows`, or of a table with those columns."""
+    rows = table.select(("vector_id", "source", "index")).to_pylist()
+    return [VectorItem(**row, direction=vector) for row, vector in zip(rows, _arrays(table, "vector"), strict=True)]
+
+
+def measurement_rows(measurements: Sequence[Measurement]) -> pa.Table:
+    """One row a measurement that has no baseline yet: everything in it, means in float32."""
+    facts = [
+        {
+            "error_variance": found.error_variance,
+            **found.calibration._asdict(),
+            "unsteered_loss": found.unsteered_loss,
+            "n_rollouts": found.n_rollouts,
+            "n_tokens": found.n_tokens,
+        }
+        for found in measurements
+    ]
+    table = item_rows([found.item for found in measurements])
+    for name, column in zip(MEASURED.names, pa.Table.from_pylist(facts, schema=MEASURED).columns, strict=True):
+        table = table.append_column(name, column)
+    table = table.append_column("mean", tensor_column([found.mean for found in measurements]))
+    errors = [found.feature_error_variance for found in measurements if found.feature_error_variance is not None]
+    return table.append_column(FEATURE_ERRORS, tensor_column(errors)) if errors else table
+
+
+def measurements_of(table: pa.Table) -> list[Measurement]:
+    """The measurements of `measurement_rows`."""
+    features: Sequence[NDArray[np.float32] | None] = [None] * table.num_rows
+    if FEATURE_ERRORS in table.column_names:
+        features = _arrays(table, FEATURE_ERRORS)
+    facts = table.select(MEASURED.names).to_pylist()
+    return [
+        Measurement(
+            item=item,
+            mean=mean,
+            error_variance=row["error_variance"],
+            feature_error_variance=of_features,
+            calibration=Calibration(row["scale"], row["loss"], row["outcome"]),
+            unsteered_loss=row["unsteered_loss"],
+            n_rollouts=row["n_rollouts"],
+            n_tokens=row["n_tokens"],
+        )
+        for item, mean, of_features, row in zip(items_of(table), _arrays(table, "mean"), features, facts, strict=True)
+    ]
+
+
+def _arrays(table: pa.Table, name: str) -> list[NDArray[np.float32]]:
+    """One array of its own a row, so that none keeps the whole table in memory."""
+    if not table.num_rows:
+        return []
+    return [np.array(row) for row in table.column(name).combine_chunks().to_numpy_ndarray()]
 
 
 def failure_rows(failures: Sequence[Failure]) -> pa.Table:
@@ -92,17 +173,17 @@ class Baseline(NamedTuple):
     """The same for each feature, where the run keeps it."""
 
 
-def effect_rows(measurements: Sequence[Measurement], baseline: Baseline) -> pa.Table:
-    """One row a vector: unit vector in float32, calibrated scale, effect in float16 and its standard error (RMS over features).
+def effect_rows(measurements: Sequence[Measurement], baseline: Baseline, dtype: str = "float16") -> pa.Table:
+    """One row a vector: unit vector in float32, calibrated scale, effect in `dtype` and its standard error (RMS over features).
 
-    Where measurement and baseline have standard errors of each feature, they follow as `standard_errors` in float16.
+    Where measurement and baseline have standard errors of each feature, they follow as `standard_errors` in `dtype`.
 
     Raises:
         InputError: an effect too large for float16.
     """
     effects = np.stack([effect_of(found.mean, baseline.mean) for found in measurements])
-    if np.abs(effects).max() > np.finfo(np.float16).max:
-        raise InputError("an effect exceeds 65504, the range of float16; the SAE's activations are too large to store")
+    if dtype == "float16" and np.abs(effects).max() > np.finfo(np.float16).max:
+        raise InputError("an effect exceeds 65504, the range of float16; store them with --set effects.dtype=float32")
     errors = [found.error_variance + baseline.error_variance for found in measurements]
     table = pa.table(
         {
@@ -117,11 +198,11 @@ def effect_rows(measurements: Sequence[Measurement], baseline: Baseline) -> pa.T
             "n_rollouts": [found.n_rollouts for found in measurements],
             "n_tokens": [found.n_tokens for found in measurements],
             "standard_error": np.sqrt(errors),
-            "effect": pa.FixedShapeTensorArray.from_numpy_ndarray(effects.astype(np.float16)),
+            "effect": pa.FixedShapeTensorArray.from_numpy_ndarray(effects.astype(dtype)),
         }
     )
     each = [found.feature_error_variance for found in measurements if found.feature_error_variance is not None]
     if not each or baseline.feature_error_variance is None:
         return table
-    of_features = [np.sqrt(variance + baseline.feature_error_variance).astype(np.float16) for variance in each]
+    of_features = [np.sqrt(variance + baseline.feature_error_variance).astype(dtype) for variance in each]
     return table.append_column("standard_errors", tensor_column(of_features))

@@ -5,7 +5,7 @@ Every vector is of unit length, and is known by a hash of its numbers, so that i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,19 @@ Found = Iterator[tuple[int | None, NDArray[np.floating]]]
 """Number within the source, and a vector of any length."""
 
 
-def vector_items(experiment: Experiment, d_model: int) -> list[VectorItem]:
-    """The vectors of all sources, in order, each once even where two sources hold it.
+def vector_items(experiment: Experiment, d_model: int) -> Iterator[VectorItem]:
+    """The vectors of all sources, in order, made one at a time; one that two sources hold comes twice.
 
     Raises:
         InputError: rows outside a decoder, missing files, vectors of another width, of length zero, or with NaN or infinity.
     """
-    found: dict[str, VectorItem] = {}
     for source in experiment.effects.sources:
         for index, vector in SOURCES[type(source)](source, experiment, d_model):
             what = f"source {source.label()!r}" if index is None else f"source {source.label()!r}, vector {index}"
             if vector.shape != (d_model,):
                 raise InputError(f"{what} has shape {vector.shape}; the model's residual stream has {d_model} numbers")
             direction = unit(vector, what)
-            item = VectorItem(vector_id(direction), source.label(), index, direction)
-            found.setdefault(item.vector_id, item)
-    return list(found.values())
+            yield VectorItem(vector_id(direction), source.label(), index, direction)
 
 
 def _decoder_rows(source: DecoderRows, experiment: Experiment, d_model: int) -> Found:
@@ -70,6 +67,9 @@ def _mixtures(source: MixedRows, experiment: Experiment, d_model: int) -> Found:
         yield index, draw.random(source.terms).astype(np.float32) @ decoder[rows]
 
 
+ROWS_READ = 1024
+"""Vectors of a file in memory at once."""
+
 MIXTURE = 1
 """Keeps the draws of mixtures apart from those of random vectors."""
 
@@ -79,13 +79,23 @@ def _file(source: VectorFile, experiment: Experiment, d_model: int) -> Found:
         raise InputError(f"effects.sources names {source.path}, which is no file; expected a safetensors file of vectors")
     try:
         with safe_open(source.path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+            odd = [f"{name} {shape}" for name, shape in shapes.items() if len(shape) not in (1, 2)]
+            if odd or not shapes:
+                held = odd[0] if odd else "nothing"
+                raise InputError(f"{source.path} holds {held}; expected tensors [d_model] or [n, d_model]")
+            yield from enumerate(row for name, shape in shapes.items() for row in _rows_of_tensor(file, name, shape))
     except SafetensorError as error:
         raise InputError(f"{source.path} is not a safetensors file: {error}") from error
-    odd = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor.ndim not in (1, 2)]
-    if odd or not tensors:
-        raise InputError(f"{source.path} holds {odd[0] if odd else 'nothing'}; expected tensors [d_model] or [n, d_model]")
-    yield from enumerate(row for tensor in tensors.values() for row in torch.atleast_2d(tensor.float()).numpy())
+
+
+def _rows_of_tensor(file: Any, name: str, shape: tuple[int, ...]) -> Iterable[NDArray[np.float32]]:
+    """The rows of a tensor of a safetensors file, some at a time; a tensor [d_model] is one row."""
+    if len(shape) == 1:
+        yield file.get_tensor(name).float().numpy()
+        return
+    for start in range(0, shape[0], ROWS_READ):
+        yield from file.get_slice(name)[start : start + ROWS_READ].float().numpy()
 
 
 def _targeted(source: TargetedVectors, experiment: Experiment, d_model: int) -> Found:

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 5.0
 """Rows wait at most this long before they are written."""
 
+MOST_WAITING = 1024
+"""Nor do more rows than this wait: with 131,072 features they take half a GiB."""
+
 REPLACES = b"saets.replaces"
 """Key in a shard's metadata: names of the shards whose rows it holds."""
 
@@ -132,7 +135,7 @@ class Table:
 
 
 class Appender(Generic[Record]):
-    """Collects records and writes them every few seconds and at the end, also when the stage fails."""
+    """Collects records and writes them every few seconds, when there are many, and at the end, also when the stage fails."""
 
     def __init__(self, table: Table, to_arrow: Callable[[list[Record]], pa.Table]) -> None:
         self.table, self._to_arrow = table, to_arrow
@@ -142,7 +145,7 @@ class Appender(Generic[Record]):
     def add(self, records: Iterable[Record]) -> None:
         """Take records; they are on disk some seconds later."""
         self._waiting.extend(records)
-        if time.monotonic() - self._written > FLUSH_SECONDS:
+        if time.monotonic() - self._written > FLUSH_SECONDS or len(self._waiting) >= MOST_WAITING:
             self.flush()
 
     def flush(self) -> None:
@@ -166,6 +169,7 @@ class RunFolder:
         self.path = path
         self.effects = Table(path / "effects", ["vector_id"])
         self.baseline = Table(path / "effects" / "baseline", ["vector_id"])
+        self.waiting = Table(path / "effects" / "waiting", ["vector_id"])
         self.failures = Table(path / "effects" / "failed", ["vector_id"])
         self.generations = Table(path / "generations", ["generation_id"])
 

@@ -1,33 +1,43 @@
-"""How progress looks: bars in a terminal, a line now and then in the log of a Ray job, nothing elsewhere."""
+"""How progress looks: bars in a terminal, a line now and then in a log, nothing elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from saets.progress import Advance
+from saets.progress import Advance, Note
 
 LINE_SECONDS = 30.0
 """Time between two lines of `LogProgress`."""
 
+NOTE_SECONDS = 5.0
+"""Time between two askings for the note beside a bar."""
 
-def shown_progress(console: Console) -> TerminalProgress | LogProgress:
-    """Lines where a Ray job's log is all there is to look at, else bars."""
-    if not console.is_terminal and "RAY_JOB_ID" in os.environ:
+Style = Literal["auto", "bars", "lines", "none"]
+
+
+def shown_progress(console: Console, style: Style = "auto") -> TerminalProgress | LogProgress:
+    """By `auto` bars in a terminal, lines in the log of a Ray job, which is all there is to look at, and nothing elsewhere."""
+    if style == "auto" and not console.is_terminal and "RAY_JOB_ID" in os.environ:
+        style = "lines"
+    if style == "lines":
         return LogProgress(console)
-    return TerminalProgress(console)
+    return TerminalProgress(console, shown=style == "bars" or (style == "auto" and console.is_terminal))
 
 
 class TerminalProgress:
-    """A bar with rate and time left for each stage; nothing at all where stderr is no terminal."""
+    """A bar with rate, time left and a note for each stage."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, shown: bool) -> None:
+        self._shown = shown
         self._bars = Bars(
             TextColumn("{task.description:<26}"),
             BarColumn(bar_width=30),
@@ -37,8 +47,9 @@ class TerminalProgress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not shown,
         )
 
     def __enter__(self) -> TerminalProgress:
@@ -49,23 +60,25 @@ class TerminalProgress:
         self._bars.stop()
 
     @contextlib.contextmanager
-    def stage(self, title: str, total: int, done: int, unit: str) -> Iterator[Advance]:
+    def stage(self, title: str, total: int, done: int, unit: str, note: Note | None = None) -> Iterator[Advance]:
         """One bar; the rate counts only what is done now."""
-        bar = self._bars.add_task(title, total=total, completed=done, unit=unit, rate="")
-        started, count = time.monotonic(), 0
+        bar = self._bars.add_task(title, total=total, completed=done, unit=unit, rate="", note="")
+        count = _Count(total, done)
 
         def advance(n: int) -> None:
-            nonlocal count
-            count += n
-            rate = count / max(time.monotonic() - started, 1e-9)
-            self._bars.update(bar, advance=n, rate=f"{rate:.2f}/s")
+            count.add(n)
+            self._bars.update(bar, advance=n, rate=f"{count.rate():.2f}/s")
 
-        yield advance
+        def update_note() -> None:
+            self._bars.update(bar, note=note() if note else "")
+
+        with _every(NOTE_SECONDS, update_note) if self._shown and note else contextlib.nullcontext():
+            yield advance
         self._bars.stop_task(bar)
 
 
 class LogProgress:
-    """A line at a stage's beginning and end and every half minute between: done, rate and time left."""
+    """A line at a stage's beginning and end and every half minute between, also when nothing gets done."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -77,26 +90,56 @@ class LogProgress:
         pass
 
     @contextlib.contextmanager
-    def stage(self, title: str, total: int, done: int, unit: str) -> Iterator[Advance]:
-        """Lines for one stage; the rate counts only what is done now."""
-        started = said = time.monotonic()
-        count = 0
+    def stage(self, title: str, total: int, done: int, unit: str, note: Note | None = None) -> Iterator[Advance]:
+        """Lines for one stage: done, rate, time left and the note; the rate counts only what is done now."""
+        count = _Count(total, done)
 
         def say() -> None:
-            rate = count / max(time.monotonic() - started, 1e-9)
-            left = f"{_clock((total - done - count) / rate)} left" if count else "starting"
-            self._console.print(f"{title}: {done + count} of {total} {unit}, {rate:.2f}/s, {left}", markup=False)
-
-        def advance(n: int) -> None:
-            nonlocal count, said
-            count += n
-            if time.monotonic() - said > LINE_SECONDS:
-                said = time.monotonic()
-                say()
+            self._console.print(f"{title}: {count.line(unit)}{f', {note()}' if note else ''}", markup=False)
 
         say()
-        yield advance
-        say()
+        try:
+            with _every(LINE_SECONDS, say):
+                yield count.add
+        finally:
+            say()
+
+
+class _Count:
+    """How much of a stage is done, and how fast."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._before, self._now = total, done, 0
+        self._started = time.monotonic()
+
+    def add(self, n: int) -> None:
+        self._now += n
+
+    def rate(self) -> float:
+        return self._now / max(time.monotonic() - self._started, 1e-9)
+
+    def line(self, unit: str) -> str:
+        done, rate = self._before + self._now, self.rate()
+        left = f"{_clock((self._total - done) / rate)} left" if self._now else "nothing yet"
+        return f"{done} of {self._total} {unit}, {rate:.2f}/s, {left}"
+
+
+@contextlib.contextmanager
+def _every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Do something now and then in a thread of its own."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _clock(seconds: float) -> str:

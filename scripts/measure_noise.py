@@ -54,7 +54,7 @@ def main() -> None:
     settings = [f"effects.sources=[{{rows={rows}}}]", f"effects.rollouts={options.rollouts}", f"effects.length={options.length}"]
     experiment = load_experiment("smollm2", [*settings, "execution.rows='auto'", "execution.actors=1"])
     worker = EffectWorker(experiment)
-    items = vector_items(experiment, worker.model.cfg.d_model)
+    items = list(vector_items(experiment, worker.model.cfg.d_model))
     calibrations = worker.calibrator.calibrate([torch.from_numpy(item.direction) for item in items])
     vectors = torch.stack([torch.from_numpy(i.direction) * c.scale for i, c in zip(items, calibrations, strict=True)])
     zero = torch.zeros(1, vectors.shape[1])

@@ -18,7 +18,7 @@ FLOORS = (
     {"pipeline"},
     {"stages"},
     {"checks", "doctor", "explore", "distributed"},
-    {"judge", "generation", "rows", "effects", "sources", "calibration_text", "model", "sae", "store", "plots"},
+    {"judge", "generation", "rows", "effects", "sources", "pending", "calibration_text", "model", "sae", "store", "plots"},
     {"engine", "results", "approximator", "methods"},
     {"goal", "vector", "records", "terminal", "experiment", "config"},
     {"tokens", "hooks", "progress", "quiet", "shapes", "errors"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def worker(tiny_experiment: Experiment) -> EffectWorker:
 
 @pytest.fixture(scope="module")
 def vectors(tiny_experiment: Experiment) -> list[VectorItem]:
-    return vector_items(tiny_experiment, 32)[:3]
+    return list(itertools.islice(vector_items(tiny_experiment, 32), 3))
 
 
 def measured(worker: EffectWorker, items: Sequence[VectorItem]) -> list[Measurement]:
@@ -170,7 +171,7 @@ def test_an_effect_beyond_the_range_of_float16_is_refused(together: list[Measure
 def test_a_vector_that_breaks_the_model_fails_alone() -> None:
     experiment = load_experiment("tiny", ["model.dtype=float16", "model.device=cpu", "effects.fixed_scale=3e5"])
     worker = EffectWorker(experiment)
-    broken, sound = vector_items(experiment, 32)[0], baseline_items(experiment, 32)[0]
+    broken, sound = next(vector_items(experiment, 32)), baseline_items(experiment, 32)[0]
     failure, measured = worker.measure([broken, sound])
     assert isinstance(failure, Failure)
     assert "not finite at scale 300000" in failure.reason

@@ -1,34 +1,35 @@
 """Stage 1 on Ray: actors with a model and an SAE each stream measurements through a Ray Dataset to the driver.
 
-One block is one batch is one actor task, so n actors need n slots and no read or write tasks compete with them; the driver
-pulls finished blocks, which bounds memory, and is the only writer.
+A row of the Dataset is a batch. One task on the driver's node makes batches of vectors while actors ask for more, an actor
+turns one at a time into results, and the driver pulls those and is the only writer. So nothing piles up anywhere, and n actors
+need n slots.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from ray.data.block import BlockMetadata
 
 from saets.config import Experiment
 from saets.distributed.cluster import Cluster, actor_count, input_error
+from saets.distributed.rollcall import Board, answering
 from saets.effects import EffectWorker, Failure, Measurement, describe, vectors_per_batch
-from saets.engine.calibration import Calibration
 from saets.errors import InputError
+from saets.pending import Pending
 from saets.records import VectorItem
-from saets.rows import tensor_column
+from saets.rows import item_rows, items_of, measurement_rows, measurements_of
 
 logger = logging.getLogger(__name__)
-
-FEATURE_ERRORS = "feature_error_variance"
 
 TASK_RETRIES = 1
 """Tries after the first of a batch whose process ended."""
@@ -39,11 +40,15 @@ RESTARTS = 100
 NO_PROGRESS_SECONDS = 1800
 """A run that produces nothing for this long ends instead of waiting for ever."""
 
+ONE_ROW_A_BLOCK = 1
+"""Ray cuts blocks at this many bytes, but not within a row: every batch is a block, and a task, of its own."""
+
 
 class EffectActor:
     """An `EffectWorker` that speaks Arrow."""
 
-    def __init__(self, experiment: str, rows: int | None) -> None:
+    def __init__(self, experiment: str, rows: int | None, board: Board | None = None) -> None:
+        answering(board)
         parsed = Experiment.model_validate_json(experiment)
         if parsed.execution.gpus_per_actor == 0:
             torch.set_num_threads(max(1, int(parsed.execution.cpus_per_actor)))
@@ -51,23 +56,24 @@ class EffectActor:
         self.facts = describe(self.worker)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        results = self._measure(_items(batch))
-        d_sae = self.worker.sae.cfg.d_sae
-        means = [result.mean if isinstance(result, Measurement) else np.zeros(d_sae, np.float32) for result in results]
+        results = self.measure(items_of(_unpacked(batch, "items")))
         self.facts["rows_per_step"] = self.worker.rows
-        description = json.dumps(self.facts, sort_keys=True)
-        facts = [{**_facts(result), "worker": description} for result in results]
-        table = pa.Table.from_pylist(facts, schema=_FACTS)
-        for name in ("vector_id", "source", "index", "vector"):
-            table = table.append_column(name, batch.column(name))
-        table = table.append_column("mean", tensor_column(means))
-        if self.worker.experiment.effects.standard_errors == "features":
-            none = np.full(d_sae, np.nan, np.float32)
-            errors = [getattr(result, "feature_error_variance", none) for result in results]
-            table = table.append_column(FEATURE_ERRORS, tensor_column(errors))
-        return table
+        measured = [result for result in results if isinstance(result, Measurement)]
+        failed = [result for result in results if isinstance(result, Failure)]
+        reasons = (
+            item_rows([failure.item for failure in failed]).append_column("reason", [[f.reason for f in failed]])
+            if failed
+            else None
+        )
+        return pa.table(
+            {
+                "measured": pa.array([_packed(measurement_rows(measured)) if measured else None], pa.large_binary()),
+                "failed": pa.array([_packed(reasons) if reasons else None], pa.large_binary()),
+                "worker": [json.dumps(self.facts, sort_keys=True)],
+            }
+        )
 
-    def _measure(self, items: list[VectorItem]) -> list[Measurement | Failure]:
+    def measure(self, items: Sequence[VectorItem]) -> list[Measurement | Failure]:
         """Where a batch raises, each item by itself, so that the one to blame fails alone."""
         try:
             return self.worker.measure(items)
@@ -79,7 +85,7 @@ class EffectActor:
                 os._exit(1)
             if len(items) == 1:
                 return [Failure(items[0], f"{type(error).__name__}: {error}".splitlines()[0])]
-            return [result for item in items for result in self._measure([item])]
+            return [result for item in items for result in self.measure([item])]
 
 
 Batch = tuple[list[Measurement | Failure], dict[str, Any] | None]
@@ -87,14 +93,15 @@ Batch = tuple[list[Measurement | Failure], dict[str, Any] | None]
 
 
 def measure(
-    items: Sequence[VectorItem],
+    pending: Pending,
     experiment: Experiment,
     cluster: Cluster,
     *,
     rows: int | None = None,
+    board: Board | None = None,
     actor: type[EffectActor] = EffectActor,
 ) -> Iterator[Batch]:
-    """A result for every item as batches finish, in any order.
+    """A result for every pending item as batches finish, in any order; `pending` is told of them.
 
     `rows` a step are those an earlier part of the run recorded, if there was one. A batch whose process ends is tried again a
     few times; what is still missing then is tried once more, each vector by itself, so that one that kills its process costs
@@ -104,39 +111,38 @@ def measure(
         InputError: what a worker found wrong with the experiment when it loaded.
     """
     cluster.connect()
-    left = {item.vector_id: item for item in items}
     for size in (vectors_per_batch(experiment), 1):
-        for results, worker in _one_pass(list(left.values()), size, experiment, rows, actor):
-            for result in results:
-                del left[result.item.vector_id]
+        for results, worker in _one_pass(pending, size, experiment, rows, board, actor):
+            pending.done(result.item for result in results)
             yield results, worker
-        if not left:
+        if not len(pending):
             return
-        logger.warning("%d vectors lost their worker process; trying each by itself", len(left))
+        logger.warning("%d vectors lost their worker process; trying each by itself", len(pending))
     reason = f"the worker process ended each time it was measured ({2 * (TASK_RETRIES + 1)} times)"
-    yield [Failure(item, reason) for item in left.values()], None
+    yield [Failure(item, reason) for item in pending], None
 
 
 def _one_pass(
-    items: Sequence[VectorItem], size: int, experiment: Experiment, rows: int | None, actor: type[EffectActor]
+    pending: Pending, size: int, experiment: Experiment, rows: int | None, board: Board | None, actor: type[EffectActor]
 ) -> Iterator[Batch]:
     """Results of the batches whose process lived."""
-    table = _table(items)
-    blocks = [table.slice(start, size) for start in range(0, len(items), size)]
     execution = experiment.execution
-    dataset = ray.data.from_arrow(blocks)
+    dataset = ray.data.read_datasource(Batches(pending, size), override_num_blocks=1, num_cpus=0)
     dataset.context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     dataset.context.enable_progress_bars = False
     dataset.context.max_errored_blocks = -1
+    dataset.context.target_max_block_size = ONE_ROW_A_BLOCK
     gpus = execution.gpus_per_actor or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # restarts and retries have no named parameter in this Ray yet
         results = dataset.map_batches(
             actor,
-            fn_constructor_args=(experiment.model_dump_json(), rows),
+            fn_constructor_args=(experiment.model_dump_json(), rows, board),
             batch_format="pyarrow",
-            batch_size=size,
-            compute=ray.data.ActorPoolStrategy(size=actor_count(execution, len(blocks)), max_tasks_in_flight_per_actor=1),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(
+                size=actor_count(execution, -(-len(pending) // size)), max_tasks_in_flight_per_actor=1
+            ),
             num_gpus=gpus,
             num_cpus=None if gpus else execution.cpus_per_actor,
             max_restarts=RESTARTS,
@@ -145,78 +151,69 @@ def _one_pass(
     try:
         block: Any
         for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            if block.num_rows:
-                yield _results(block), json.loads(block.column("worker")[0].as_py())
+            for batch in block.to_batches(max_chunksize=1):
+                yield _results(pa.Table.from_batches([batch])), json.loads(batch.column("worker")[0].as_py())
     except ray.exceptions.RayError as error:
         raise input_error(error) or error from error
 
 
-_FACTS = pa.schema(
-    [
-        ("error_variance", pa.float64()),
-        ("scale", pa.float64()),
-        ("loss", pa.float64()),
-        ("outcome", pa.string()),
-        ("unsteered_loss", pa.float64()),
-        ("n_rollouts", pa.int64()),
-        ("n_tokens", pa.int64()),
-        ("failure", pa.string()),
-        ("worker", pa.string()),
-    ]
-)
+class Batches(ray.data.Datasource):
+    """Pending items as a stream of rows, each a batch, made one after another on the driver's node.
+
+    They come in the same order each time, as Ray asks of a task that it may have to repeat.
+    """
+
+    def __init__(self, pending: Iterable[VectorItem], size: int) -> None:
+        super().__init__()
+        self._pending, self._size = pending, size
+
+    @property
+    def supports_distributed_reads(self) -> bool:
+        """Sources may lie in files that the driver's node alone sees."""
+        return False
+
+    def estimate_inmemory_data_size(self) -> None:
+        """Unknown before the sources are gone through."""
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+        """One task, whatever the parallelism."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
+        return [ray.data.ReadTask(functools.partial(_batch_rows, self._pending, self._size), unknown)]
 
 
-def _facts(result: Measurement | Failure) -> dict[str, Any]:
-    if isinstance(result, Failure):
-        return {"failure": result.reason}
-    return {
-        "error_variance": result.error_variance,
-        **result.calibration._asdict(),
-        "unsteered_loss": result.unsteered_loss,
-        "n_rollouts": result.n_rollouts,
-        "n_tokens": result.n_tokens,
-    }
+def _batch_rows(pending: Iterable[VectorItem], size: int) -> Iterator[pa.Table]:
+    batch: list[VectorItem] = []
+    for item in pending:
+        batch.append(item)
+        if len(batch) == size:
+            yield _batch_row(batch)
+            batch = []
+    if batch:
+        yield _batch_row(batch)
 
 
-def _table(items: Sequence[VectorItem]) -> pa.Table:
-    return pa.table(
-        {
-            "vector_id": [item.vector_id for item in items],
-            "source": [item.source for item in items],
-            "index": pa.array([item.index for item in items], pa.int64()),
-            "vector": tensor_column([item.direction for item in items]),
-        }
-    )
+def _batch_row(items: Sequence[VectorItem]) -> pa.Table:
+    return pa.table({"items": pa.array([_packed(item_rows(items))], pa.large_binary())})
 
 
-def _items(table: pa.Table) -> list[VectorItem]:
-    vectors = table.column("vector").combine_chunks().to_numpy_ndarray()
-    names = ("vector_id", "source", "index")
-    rows = table.select(names).to_pylist()
-    return [VectorItem(**row, direction=np.array(vector)) for row, vector in zip(rows, vectors, strict=True)]
+def _packed(table: pa.Table) -> bytes:
+    """A table as one value of another."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed
 
 
-def _results(block: pa.Table) -> list[Measurement | Failure]:
-    means = block.column("mean").combine_chunks().to_numpy_ndarray()
-    errors: Any = [None] * len(means)
-    if FEATURE_ERRORS in block.column_names:
-        errors = block.column(FEATURE_ERRORS).combine_chunks().to_numpy_ndarray()
+def _unpacked(row: pa.Table, name: str) -> pa.Table:
+    return pa.ipc.open_stream(row.column(name)[0].as_buffer()).read_all()
+
+
+def _results(row: pa.Table) -> list[Measurement | Failure]:
     results: list[Measurement | Failure] = []
-    facts = block.select(_FACTS.names).to_pylist()
-    for item, mean, error, row in zip(_items(block), means, errors, facts, strict=True):
-        if row["failure"] is not None:
-            results.append(Failure(item, row["failure"]))
-            continue
-        results.append(
-            Measurement(
-                item=item,
-                mean=np.array(mean),
-                error_variance=row["error_variance"],
-                feature_error_variance=None if error is None else np.array(error),
-                calibration=Calibration(row["scale"], row["loss"], row["outcome"]),
-                unsteered_loss=row["unsteered_loss"],
-                n_rollouts=row["n_rollouts"],
-                n_tokens=row["n_tokens"],
-            )
-        )
+    if row.column("measured")[0].is_valid:
+        results += measurements_of(_unpacked(row, "measured"))
+    if row.column("failed")[0].is_valid:
+        failed = _unpacked(row, "failed")
+        results += [Failure(item, reason) for item, reason in zip(items_of(failed), failed["reason"].to_pylist(), strict=True)]
     return results

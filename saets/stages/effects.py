@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from saets.config import BASELINE
+from saets.config import BASELINE, Effects
 from saets.distributed import effects as distributed
-from saets.effects import Failure, Measurement, baseline_items
+from saets.distributed.rollcall import actors_alive, open_board
+from saets.effects import Failure, Measurement
 from saets.errors import InputError
 from saets.model import model_shape
-from saets.rows import Baseline, baseline_rows, effect_rows, failure_rows
-from saets.sources import vector_items
+from saets.pending import Pending, id_numbers
+from saets.rows import Baseline, baseline_rows, effect_rows, failure_rows, measurement_rows, measurements_of
 from saets.stages.session import Session
-from saets.store import Appender, RunFolder
+from saets.store import Appender, RunFolder, Table
 
 logger = logging.getLogger(__name__)
 
@@ -35,42 +37,59 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
     if shipped is not None and not run.baseline.shards():
         for shard in shipped.baseline.shards():
             run.baseline.write(pq.read_table(shard))
-    items = vector_items(experiment, d_model)
-    known = run.effects.ids() | (shipped.effects.ids() if shipped else set())
-    failed = set() if retry_failed else run.failures.ids()
-    missing = [item for item in items if item.vector_id not in known | failed]
-    if not missing:
-        return
-    there = run.baseline.ids()
-    blocks = [item for item in baseline_items(experiment, d_model) if item.vector_id not in there]
-    left = len(missing) + len(blocks)
-    rows = _recorded_rows(run) if experiment.execution.rows == "auto" else None
-    total = left + sum(item.vector_id in known for item in items)
-    with (
-        session.progress.stage("measuring effects", total, total - left, "vectors") as advance,
-        Appender(run.failures, failure_rows) as failures,
-        _EffectWriter(run, blocks=experiment.effects.baseline_blocks) as writer,
-    ):
-        for results, worker in distributed.measure([*blocks, *missing], experiment, session.cluster, rows=rows):
-            if worker is not None:
-                _check_weights(run, shipped, worker)
-                _record_shape(run, worker)
-            writer.add([result for result in results if isinstance(result, Measurement)])
-            failures.add(result for result in results if isinstance(result, Failure))
-            _check_baseline(results)
-            advance(len(results))
+    with EffectWriter(run, experiment.effects) as writer:
+        known = [_numbers(run.effects), _numbers(run.waiting), _numbers(shipped.effects if shipped else None)]
+        if not retry_failed:
+            known.append(_numbers(run.failures))
+        pending = Pending(experiment, d_model, np.concatenate(known), run.baseline.ids())
+        if pending.vectors or run.waiting.shards():
+            _measure(session, pending, writer, shipped)
     run.effects.compact()
     lost = run.failures.ids() - run.effects.ids()
     if lost:
         logger.warning("%d vectors could not be measured; the reasons are in %s", len(lost), run.failures.folder)
 
 
-def _check_baseline(results: Iterable[Measurement | Failure]) -> None:
+def _measure(session: Session, pending: Pending, writer: EffectWriter, shipped: RunFolder | None) -> None:
+    experiment, run = session.experiment, session.run
+    rows = _recorded_rows(run) if experiment.execution.rows == "auto" else None
+    session.cluster.connect()
+    board = open_board()
+    failed = 0
+
+    def note() -> str:
+        alive = actors_alive(board)
+        return f"{'?' if alive is None else alive} of {experiment.execution.actors} actors alive, {failed} failed"
+
+    total = len(pending) + pending.vectors_known
+    with (
+        session.progress.stage("measuring effects", total, pending.vectors_known, "vectors", note) as advance,
+        Appender(run.failures, failure_rows) as failures,
+    ):
+        for results, worker in distributed.measure(pending, experiment, session.cluster, rows=rows, board=board):
+            if worker is not None:
+                _check_weights(run, shipped, worker)
+                _record_shape(run, worker)
+            writer.add([result for result in results if isinstance(result, Measurement)])
+            unmeasured = [result for result in results if isinstance(result, Failure)]
+            failures.add(unmeasured)
+            failed += len(unmeasured)
+            _check_baseline(unmeasured)
+            advance(len(results))
+
+
+def _numbers(table: Table | None) -> NDArray[np.uint64]:
+    """The vectors of a table, by the numbers of their ids."""
+    frame = table.read(["vector_id"]) if table else None
+    return np.empty(0, np.uint64) if frame is None else id_numbers(frame["vector_id"])
+
+
+def _check_baseline(failures: Iterable[Failure]) -> None:
     """Without its baseline no effect can be written, so a block that fails ends the stage."""
-    for result in results:
-        if isinstance(result, Failure) and result.item.source == BASELINE:
+    for failure in failures:
+        if failure.item.source == BASELINE:
             raise InputError(
-                f"the unsteered baseline could not be measured: {result.reason}. Run `saets doctor`, then the same "
+                f"the unsteered baseline could not be measured: {failure.reason}. Run `saets doctor`, then the same "
                 "command again: everything written so far is kept"
             )
 
@@ -107,26 +126,50 @@ def _check_weights(run: RunFolder, shipped: RunFolder | None, worker: Mapping[st
             )
 
 
-class _EffectWriter(Appender[Measurement]):
-    """Writes baseline blocks at once, and vectors as effects as soon as the baseline is complete."""
+class EffectWriter:
+    """Writes baseline blocks at once, and vectors as effects; those that come before the baseline is complete wait on disk.
 
-    def __init__(self, run: RunFolder, *, blocks: int) -> None:
-        super().__init__(run.effects, lambda records: effect_rows(records, self._baseline()))
-        self._run, self._missing = run, blocks - len(run.baseline.ids())
-        self._early: list[Measurement] = []
+    Each vector is in `effects` once, whenever the process is killed: what waits is turned into effects on entering, without
+    the vectors that had been already.
+    """
+
+    def __init__(self, run: RunFolder, settings: Effects) -> None:
+        self._run = run
+        self._missing = settings.baseline_blocks - len(run.baseline.ids())
         self._baseline = functools.cache(lambda: shared_baseline(run))
+        self._effects = Appender[Measurement](run.effects, lambda found: effect_rows(found, self._baseline(), settings.dtype))
+        self._waiting = Appender(run.waiting, measurement_rows)
 
-    def add(self, records: Iterable[Measurement]) -> None:
-        """Take measurements of baseline blocks and vectors."""
-        records = list(records)
-        baseline = [found for found in records if found.item.source == BASELINE]
-        if baseline:
-            self._run.baseline.write(baseline_rows(baseline))
-            self._missing -= len(baseline)
-        self._early += [found for found in records if found.item.source != BASELINE]
-        if self._missing <= 0:
-            super().add(self._early)
-            self._early = []
+    def __enter__(self) -> EffectWriter:
+        self._settle()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._effects.flush()
+        self._waiting.flush()
+
+    def add(self, measurements: Iterable[Measurement]) -> None:
+        """Take measurements of baseline blocks and vectors; they are on disk some seconds later."""
+        measurements = list(measurements)
+        blocks = [found for found in measurements if found.item.source == BASELINE]
+        vectors = [found for found in measurements if found.item.source != BASELINE]
+        if blocks:
+            self._run.baseline.write(baseline_rows(blocks))
+            self._missing -= len(blocks)
+            self._settle()
+        (self._waiting if self._missing > 0 else self._effects).add(vectors)
+
+    def _settle(self) -> None:
+        if self._missing > 0:
+            return
+        self._waiting.flush()
+        waiting = self._run.waiting.shards()
+        there = self._run.effects.ids() if waiting else set()
+        for shard in waiting:
+            found = [one for one in measurements_of(pq.read_table(shard)) if one.item.vector_id not in there]
+            self._effects.add(found)
+            self._effects.flush()
+            shard.unlink()
 
 
 def shared_baseline(run: RunFolder) -> Baseline:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from saets.config import Experiment
 from saets.distributed.cluster import Cluster
 from saets.distributed.effects import EffectActor, measure
-from saets.effects import EffectWorker, Failure, Measurement
+from saets.effects import EffectWorker, Failure, Measurement, baseline_items
 from saets.experiment import load_experiment
+from saets.pending import Pending
 from saets.records import VectorItem
-from saets.sources import vector_items
 
 pytestmark = pytest.mark.ray
 
@@ -27,22 +26,19 @@ ILL, DEADLY = 5, 11
 class Fragile(EffectActor):
     """Breaks on two vectors."""
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        if DEADLY in batch.column("index").to_pylist():
+    def measure(self, items: Sequence[VectorItem]) -> list[Measurement | Failure]:
+        if any((item.source, item.index) == ("decoder", DEADLY) for item in items):
             os._exit(9)
-        return super().__call__(batch)
-
-    def _measure(self, items: list[VectorItem]) -> list[Measurement | Failure]:
         measure_well = self.worker.measure
 
-        def measure_badly(some: list[VectorItem]) -> list[Measurement | Failure]:
+        def measure_badly(some: Sequence[VectorItem]) -> list[Measurement | Failure]:
             if any(item.index == ILL for item in some):
                 raise ArithmeticError("this vector is ill")
             return measure_well(some)
 
         self.worker.measure = measure_badly  # type: ignore[method-assign, assignment]
         try:
-            return super()._measure(items)
+            return super().measure(items)
         finally:
             self.worker.measure = measure_well  # type: ignore[method-assign]
 
@@ -61,9 +57,15 @@ def cluster(experiment: Experiment) -> Iterator[Cluster]:
         yield cluster
 
 
+def without_baseline(experiment: Experiment) -> Pending:
+    """The vectors alone."""
+    return Pending(experiment, 32, blocks=[item.vector_id for item in baseline_items(experiment, 32)])
+
+
 def test_a_vector_that_raises_and_one_that_kills_its_process_fail_alone(cluster: Cluster, experiment: Experiment) -> None:
-    items = vector_items(experiment, 32)
-    found = {r.item.index: r for results, _ in measure(items, experiment, cluster, actor=Fragile) for r in results}
+    pending = without_baseline(experiment)
+    items = list(pending)
+    found = {r.item.index: r for results, _ in measure(pending, experiment, cluster, actor=Fragile) for r in results}
     assert sorted(found) == list(range(14))
     failures = {index: result.reason for index, result in found.items() if isinstance(result, Failure)}
     assert failures == {
@@ -79,17 +81,20 @@ def test_a_vector_that_raises_and_one_that_kills_its_process_fail_alone(cluster:
 
 
 def test_every_item_has_one_result_and_the_worker_tells_its_shape(cluster: Cluster, experiment: Experiment) -> None:
-    items = vector_items(experiment, 32)
-    batches = list(measure(items, experiment, cluster, rows=24))
+    pending = Pending(experiment, 32)
+    wanted = sorted(item.vector_id for item in pending)
+    assert len(wanted) == 14 + experiment.effects.baseline_blocks
+    batches = list(measure(pending, experiment, cluster, rows=24))
     ids = [result.item.vector_id for results, _ in batches for result in results]
-    assert sorted(ids) == sorted(item.vector_id for item in items)
+    assert sorted(ids) == wanted
+    assert len(pending) == 0
     shapes = {(worker or {})["rows_per_step"] for _, worker in batches}
     assert shapes == {24}
 
 
 def test_standard_errors_of_features_travel(cluster: Cluster, tmp_path: Path) -> None:
     experiment = load_experiment("tiny", ["model.device=cpu", "effects.standard_errors=features", "effects.sources=[{stop=2}]"])
-    for results, _ in measure(vector_items(experiment, 32), experiment, cluster):
+    for results, _ in measure(without_baseline(experiment), experiment, cluster):
         for result in results:
             assert isinstance(result, Measurement)
             assert result.feature_error_variance is not None

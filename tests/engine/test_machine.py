@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_auto_takes_whole_vectors_of_what_fits(monkeypatch: pytest.MonkeyPatch) 
 def test_out_of_memory_halves_the_rows_for_good_and_the_effects_are_the_same(
     tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    items = vector_items(tiny_experiment, 32)[:3]
+    items = list(itertools.islice(vector_items(tiny_experiment, 32), 3))
     expected = EffectWorker(tiny_experiment).measure(items)
     run, tried = RolloutEngine.run, []
 
@@ -91,7 +92,7 @@ def test_out_of_memory_halves_the_rows_for_good_and_the_effects_are_the_same(
 def test_other_errors_and_memory_that_runs_out_at_one_row_are_not_hidden(
     tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    items = vector_items(tiny_experiment, 32)[:1]
+    items = [next(vector_items(tiny_experiment, 32))]
     for error, message in ((RuntimeError("shapes do not fit"), "shapes"), (torch.OutOfMemoryError("no memory"), "no memory")):
         worker = EffectWorker(tiny_experiment)
         monkeypatch.setattr(RolloutEngine, "run", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
