@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -99,3 +100,27 @@ def test_standard_errors_of_features_travel(cluster: Cluster, tmp_path: Path) ->
             assert isinstance(result, Measurement)
             assert result.feature_error_variance is not None
             assert result.feature_error_variance.mean() == pytest.approx(result.error_variance, rel=1e-4)
+
+
+def test_a_worker_process_killed_in_the_middle_of_its_work_costs_no_row(
+    cluster: Cluster, experiment: Experiment, tmp_path: Path
+) -> None:
+    marker = tmp_path / "killed"
+
+    class Killed(EffectActor):
+        def measure(self, items: Sequence[VectorItem]) -> list[Measurement | Failure]:
+            if any(item.index == DEADLY for item in items) and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().measure(items)
+
+    pending = without_baseline(experiment)
+    expected = EffectWorker(experiment).measure(list(pending))
+    found = {r.item.index: r for results, _ in measure(pending, experiment, cluster, actor=Killed) for r in results}
+    assert marker.exists()
+    assert len(found) == len(expected) == 14
+    for one in expected:
+        result = found[one.item.index]
+        assert isinstance(result, Measurement)
+        assert isinstance(one, Measurement)
+        assert np.array_equal(result.mean, one.mean)

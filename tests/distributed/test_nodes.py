@@ -1,0 +1,65 @@
+"""Measuring on several Ray nodes, one of which dies: every vector has its result, and the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster as Nodes
+
+from saets.config import Experiment
+from saets.distributed.cluster import Cluster
+from saets.distributed.effects import measure
+from saets.effects import EffectWorker, Failure, Measurement
+from saets.experiment import load_experiment
+from saets.pending import Pending
+
+pytestmark = pytest.mark.ray
+
+STORE = 100 * 2**20
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    """A head without room for actors, which the driver is connected to."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
+    ray.init(address=nodes.address, log_to_driver=False)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    """Vectors in batches of two, on two actors."""
+    sources = "effects.sources=[{ stop = 60 }]"
+    return load_experiment("tiny", ["model.dtype=float32", "model.device=cpu", "execution.rows=24", sources])
+
+
+def means(pending: Pending, experiment: Experiment) -> dict[str, np.ndarray]:
+    worker = EffectWorker(experiment)
+    items = list(pending)
+    found = [worker.measure(items[i : i + 2]) for i in range(0, len(items), 2)]
+    return {result.item.vector_id: result.mean for results in found for result in results if isinstance(result, Measurement)}
+
+
+def test_a_node_that_dies_in_the_middle_costs_nothing_but_time(nodes: Nodes, experiment: Experiment) -> None:
+    first, _ = [nodes.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2)]
+    nodes.wait_for_nodes()
+    pending = Pending(experiment, 32)
+    expected = means(pending, experiment)
+    assert len(expected) == 62
+    found: list[Measurement | Failure] = []
+    with Cluster(experiment.execution) as cluster:
+        for i, (results, _) in enumerate(measure(pending, experiment, cluster)):
+            found += results
+            if i == 4:
+                nodes.remove_node(first, allow_graceful=False)
+                nodes.add_node(num_cpus=1, object_store_memory=STORE)
+    assert sorted(result.item.vector_id for result in found) == sorted(expected)
+    for result in found:
+        assert isinstance(result, Measurement)
+        assert np.array_equal(result.mean, expected[result.item.vector_id])
