@@ -62,3 +62,16 @@ def test_the_effects_benchmark_compares_both_algorithms_on_any_config(tmp_path: 
     assert ("tokens_per_s_bridge" in facts) is not bare
     assert facts["scale_engine"] == pytest.approx(facts["scale_literal"], rel=1e-2)
     assert facts["vectors_per_s_engine"] / facts["vectors_per_s_literal"] == pytest.approx(facts["ratio"], rel=1e-2)
+
+
+@pytest.mark.ray
+def test_the_scaling_benchmark_measures_the_real_path() -> None:
+    facts = json.loads(run(str(SCRIPTS / "benchmark_scaling.py"), "--quick").splitlines()[-1])
+    assert 0 < facts["overhead_fraction"] < 1
+    assert facts["driver_mb_small"] > 0
+    assert facts["driver_mb_large"] < facts["driver_mb_small"] + 200
+    assert set(facts["rows_per_second"]) == {"1", "2"}
+    assert all(rate > 0 for rate in facts["rows_per_second"].values())
+    ideal = facts["vectors_per_batch"] / facts["sleep_seconds"]
+    assert facts["rows_per_second"]["1"] <= 1.05 * ideal
+    assert facts["extrapolated_actors"] > 1

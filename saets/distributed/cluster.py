@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import ray
 import ray.data  # sets up its loggers when imported, so before their levels are set here
@@ -39,18 +42,13 @@ class Cluster:
 
     def _start(self) -> None:
         level = logging.INFO if self.verbose else logging.ERROR
-        if "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ:
-            ray.init(log_to_driver=self.verbose, logging_level=level)
-        else:
+        options: dict[str, Any] = {"log_to_driver": self.verbose, "logging_level": level}
+        if "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            ray.init(
-                address="local",
-                num_cpus=max(4, os.cpu_count() or 1) + SPARE_CPUS,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=self.verbose,
-                logging_level=level,
-            )
+            options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+            options |= {"num_cpus": max(4, os.cpu_count() or 1) + SPARE_CPUS}
+        with contextlib.nullcontext() if self.verbose else _without_ray_core_logs():
+            ray.init(**options)
         self._started = True
         for name in ("ray", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(level)
@@ -61,6 +59,20 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         if self._started:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_ray_core_logs() -> Iterator[None]:
+    """Ray's C++ core tells this process nothing, neither now nor later; what it finds wrong still travels as an exception."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)  # the core announces the setting itself
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def check_resources(execution: Execution) -> None:
