@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 
 from saets.config import BASELINE
 from saets.distributed import effects as distributed
@@ -19,7 +18,7 @@ from saets.model import model_shape
 from saets.rows import Baseline, baseline_rows, effect_rows, failure_rows
 from saets.sources import vector_items
 from saets.stages.session import Session
-from saets.store import Appender, RunFolder
+from saets.store import Appender, RunFolder, read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
     shipped = session.shipped()
     if shipped is not None and not run.baseline.shards():
         for shard in shipped.baseline.shards():
-            run.baseline.write(pq.read_table(shard))
+            run.baseline.write(read_shard(shard))
     items = vector_items(experiment, d_model)
     known = run.effects.ids() | (shipped.effects.ids() if shipped else set())
     failed = set() if retry_failed else run.failures.ids()
