@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saets.errors import InputError
 from saets.shapes import Float
+from saets.storage import Where
+from saets.tensors import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -33,35 +32,23 @@ class EffectApproximator:
         """Predicted effects of vectors, which are normalised to unit length first (paper, section 4)."""
         return torch.nn.functional.normalize(directions.float(), dim=-1) @ self.M + self.b
 
-    def save(self, path: Path) -> None:
-        """Write M, b and the provenance as safetensors, whole."""
-        temporary = path.with_name(f".{path.name}.part")
-        save_file(
-            {"M": self.M.contiguous(), "b": self.b.contiguous()},
-            temporary,
-            metadata={"format": "saets-approximator", "provenance": json.dumps(self.provenance, sort_keys=True)},
-        )
-        temporary.replace(path)
+    def save(self, path: Where) -> None:
+        """Write M, b and the provenance as safetensors, whole, to a local path or a URI."""
+        header = {"format": "saets-approximator", "provenance": json.dumps(self.provenance, sort_keys=True)}
+        write_tensors(path, {"M": self.M, "b": self.b}, header)
 
     @classmethod
-    def load(cls, path: str | Path) -> EffectApproximator:
+    def load(cls, path: Where) -> EffectApproximator:
         """Read a file written by `save`.
 
         Raises:
             InputError: missing or damaged file, wrong keys or shapes.
         """
-        if not Path(path).is_file():
-            raise InputError(f"no approximator at {path}; run `saets fit` first")
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-                provenance = json.loads((file.metadata() or {}).get("provenance", "{}"))
-        except SafetensorError as error:
-            raise InputError(f"{path} is not a safetensors file: {error}") from error
+        tensors, header = read_tensors(path, f"no approximator at {path}; run `saets fit` first")
         if set(tensors) != {"M", "b"} or tensors["M"].shape[1:] != tensors["b"].shape:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise InputError(f"{path} holds {shapes}; expected M [d_model, d_sae] and b [d_sae]")
-        return cls(tensors["M"], tensors["b"], provenance)
+        return cls(tensors["M"], tensors["b"], json.loads(header.get("provenance", "{}")))
 
 
 class Moments:

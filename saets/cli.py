@@ -8,7 +8,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.table import Table
 from saets.config import Experiment
 from saets.errors import InputError
 from saets.experiment import load_experiment, preset_names
+from saets.storage import Location, locate
 from saets.terminal import shown_progress
 
 if TYPE_CHECKING:
@@ -58,8 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(command=command)
         if name != "presets":
-            added.add_argument("experiment", help="a preset name, a TOML file, or a run folder")
-            added.add_argument("--out", type=Path, help="run folder; by default the run folder itself, else runs/NAME")
+            added.add_argument("experiment", help="a preset name, a TOML file, or a run folder (path or URI)")
+            added.add_argument(
+                "--out",
+                help="run folder: a path, or a URI such as s3://bucket/folder; by default the run folder itself, else runs/NAME",
+            )
             added.add_argument(
                 "--progress",
                 choices=("auto", "bars", "lines", "none"),
@@ -94,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_vector_choice(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("--vector", type=Path, help="a vector file")
+    parser.add_argument("--vector", help="a vector file (path or URI)")
     parser.add_argument("--goal", help="with --method: a vector of the run")
     parser.add_argument("--method", help="with --goal")
     parser.add_argument("--feature", action="append", default=[], metavar="ID:WEIGHT", help="SAE-TS for chosen features")
@@ -261,10 +264,12 @@ def _opened(options: argparse.Namespace) -> Run:
     return Run(out, experiment)
 
 
-def _experiment(options: argparse.Namespace) -> tuple[Experiment, Path]:
-    experiment = load_experiment(options.experiment, options.overrides)
-    given = Path(options.experiment)
-    return experiment, options.out or (given if given.is_dir() else Path("runs") / experiment.name)
+def _experiment(options: argparse.Namespace) -> tuple[Experiment, Location]:
+    """The experiment and its run folder."""
+    out = locate(options.out) if options.out else None
+    given = locate(options.experiment)
+    experiment = load_experiment(given, options.overrides)
+    return experiment, out or (given if given.is_folder() else locate(f"runs/{experiment.name}"))
 
 
 def _show_outcome(session: Session) -> None:
@@ -293,15 +298,16 @@ def _show_outcome(session: Session) -> None:
         console.print(f"  {goal} · {names.get(method, method)} · {scale:g}: {' '.join(text.split())}", markup=False)
     console.print()
     _show_fit(session)
+    there = session.run.path.entries()
     for what in ("results.parquet", "results.md", "vectors", "plots"):
-        if (session.run.path / what).exists():
+        if what in there:
             _show_path(what, session.run.path / what)
 
 
 def _show_fit(session: Session) -> None:
     import json
 
-    report = json.loads((session.run.path / "fit.json").read_text(encoding="utf-8"))
+    report = json.loads((session.run.path / "fit.json").read_text())
     held_out = report["held_out"]
     console.print(
         f"approximator: {report['rows_train'] + report['rows_held_out']} rows ({report['rows_own']} measured here, "
@@ -310,7 +316,7 @@ def _show_fit(session: Session) -> None:
     _show_path("approximator", session.run.approximator)
 
 
-def _show_path(what: str, path: Path) -> None:
+def _show_path(what: str, path: Location) -> None:
     console.print(f"{what}: {path}", markup=False)
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from saets.config import DATASET, LOSS_RULES, PACKAGED, PRESETS, SOURCES, Experiment, Sae
 from saets.errors import InputError, unknown
+from saets.storage import Location, Where, is_uri, locate
 
 
 def preset_names() -> list[str]:
@@ -21,21 +22,21 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def load_experiment(where: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+def load_experiment(where: Where, overrides: Iterable[str] = ()) -> Experiment:
     """Read an experiment from a preset name, a TOML file or a run folder, and apply `section.key=value` overrides.
 
-    Relative paths in a TOML file are taken from the file's own folder.
+    File and folder may be given as URIs. Relative paths in a local TOML file are taken from the file's own folder.
 
     Raises:
         InputError: no such preset or file, damaged TOML, unknown or missing keys, values that cannot be.
     """
     path = _find(where)
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
-    if not path.is_relative_to(PRESETS):
-        _anchor(settings, path.parent)
+    if path.local is not None and not path.local.is_relative_to(PRESETS):
+        _anchor(settings, path.local.parent)
     _merge(settings, _changes(overrides))
     try:
         return Experiment.model_validate(settings)
@@ -43,28 +44,33 @@ def load_experiment(where: str | Path, overrides: Iterable[str] = ()) -> Experim
         raise InputError(f"{path.name}: {_one_line(error)}") from error
 
 
-def _find(where: str | Path) -> Path:
-    path = Path(where)
-    if path.is_dir():
+def _find(where: Where) -> Location:
+    path = locate(where)
+    path.check()
+    if path.is_folder():
         inside = path / "experiment.toml"
         if not inside.is_file():
             raise InputError(f"{path} is a folder without experiment.toml; give a run folder, a TOML file or a preset name")
         return inside
-    if path.suffix == ".toml":
+    if path.name.endswith(".toml"):
         if not path.is_file():
             raise InputError(f"no such experiment file: {path}")
         return path
+    if path.local is None:
+        raise InputError(f"no run folder at {path}; give one that a run has written, a TOML file or a preset name")
     preset = PRESETS / f"{where}.toml"
     if "/" in str(where) or not preset.is_file():
         raise unknown("preset", str(where), preset_names())
-    return preset
+    return locate(preset)
 
 
 def _anchor(settings: dict[str, Any], folder: Path) -> None:
     """Make relative paths absolute; a model name is a path only where such a folder exists."""
 
     def resolve(table: Any, key: str, *, only_if_exists: bool = False) -> None:
-        if not isinstance(table, dict) or not isinstance(table.get(key), str) or table[key].startswith((PACKAGED, DATASET)):
+        if not isinstance(table, dict) or not isinstance(table.get(key), str):
+            return
+        if table[key].startswith((PACKAGED, DATASET)) or is_uri(table[key]):
             return
         path = (folder / table[key]).resolve()
         if path.exists() or not only_if_exists:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -19,6 +18,7 @@ from saets.engine.sampling import row_seed
 from saets.errors import InputError
 from saets.experiment import load_experiment
 from saets.model import load_model
+from saets.storage import Where
 from saets.store import RunFolder
 from saets.tokens import completion_text, encode
 from saets.vector import SteeringVector
@@ -27,10 +27,10 @@ from saets.vector import SteeringVector
 class Run:
     """A run folder with its experiment; model and approximator are read when first used."""
 
-    def __init__(self, path: str | Path, experiment: Experiment | None = None) -> None:
-        """Raises `InputError` where the folder holds no experiment."""
-        self.folder = RunFolder(Path(path))
-        self.experiment = experiment or load_experiment(Path(path))
+    def __init__(self, path: Where, experiment: Experiment | None = None) -> None:
+        """`path` is a local path or a URI. Raises `InputError` where the folder holds no experiment."""
+        self.folder = RunFolder(path)
+        self.experiment = experiment or load_experiment(self.folder.path)
 
     @cached_property
     def model(self) -> Any:

@@ -5,14 +5,10 @@ A method looks the same in every chart, and colour is never alone: marker shape 
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
-import os
 import re
-import uuid
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import altair as alt
@@ -22,6 +18,7 @@ import polars as pl
 from saets.errors import InputError, unknown
 from saets.records import UNSTEERED, content_id
 from saets.results import MEASURES
+from saets.storage import Location, Where, locate
 
 Plot = alt.Chart | alt.FacetChart
 
@@ -201,10 +198,10 @@ def file_name(name: str) -> str:
     return safe if safe == name != "" else f"{safe or 'plot'}-{content_id(name)[:8]}"
 
 
-def save(chart: Plot, folder: Path, name: str) -> list[Path]:
+def save(chart: Plot, folder: Where, name: str) -> list[Location]:
     """Write the chart as HTML that needs no network, SVG and PNG (two pixels a point), each whole or not at all.
 
-    Returns the three paths, called `file_name(name)`.
+    `folder` is a local path or a URI. Returns the three files, called `file_name(name)`.
 
     Raises:
         InputError: the folder cannot be written.
@@ -214,20 +211,12 @@ def save(chart: Plot, folder: Path, name: str) -> list[Path]:
     chart.save(png, format="png", scale_factor=2)
     actions = {"export": True, "source": False, "compiled": False, "editor": False}
     html = chart.to_html(inline=True, embed_options={"actions": actions}, json_kwds={"cls": _ScriptSafe})
-    paths = []
+    files = []
     for kind, content in {"html": html.encode(), "svg": svg.getvalue().encode(), "png": png.getvalue()}.items():
-        path = folder / f"{file_name(name)}.{kind}"
-        temporary = folder / f".{path.name}.{uuid.uuid4().hex[:8]}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise InputError(f"cannot write {path}: {error.strerror or error}; make room or choose another --out") from error
-        paths.append(path)
-    return paths
+        file = locate(folder) / f"{file_name(name)}.{kind}"
+        file.write_bytes(content)
+        files.append(file)
+    return files
 
 
 class _ScriptSafe(json.JSONEncoder):

@@ -7,15 +7,15 @@ computed again. The manifest records versions, the execution shape and, for each
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import io
 import json
 import logging
-import os
 import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -26,6 +26,8 @@ import pyarrow.parquet as pq
 
 from saets.config import Experiment
 from saets.errors import InputError
+from saets.lock import LOCK, held
+from saets.storage import Location, Where, locate
 
 logger = logging.getLogger(__name__)
 
@@ -41,44 +43,39 @@ REPLACES = b"saets.replaces"
 SHARD_BYTES = 64 * 2**20
 """Size that `Table.compact` aims at."""
 
-LOCK = ".lock"
-"""Held by the one process that writes a run folder."""
-
 Record = TypeVar("Record")
 
 PACKAGES = ("saets", "torch", "transformers", "transformer-lens", "sae-lens", "ray", "polars")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 class Table:
     """Rows of one kind as Parquet shards in a folder, identified by the columns `key`."""
 
-    def __init__(self, folder: Path, key: Sequence[str]) -> None:
-        self.folder, self.key = folder, list(key)
+    def __init__(self, folder: Where, key: Sequence[str]) -> None:
+        self.folder, self.key = locate(folder), list(key)
 
-    def shards(self) -> list[Path]:
-        """Complete shards in the order of their names; damaged ones are set aside with a warning, replaced ones are gone."""
-        good: list[Path] = []
+    def shards(self) -> list[Location]:
+        """Complete shards in the order of their names; damaged ones are set aside with a warning, replaced ones are gone.
+
+        Raises:
+            InputError: the folder cannot be read; a shard that could not be fetched is not taken for a damaged one.
+        """
+        good: list[Location] = []
         replaced: set[str] = set()
-        for path in sorted(self.folder.glob("*.parquet")):
+        for name in [name for name in self.folder.entries() if name.endswith(".parquet")]:
+            shard = self.folder / name
             try:
-                found = pq.read_schema(path).metadata or {}
+                found = _schema(shard).metadata or {}
                 replaced |= set(json.loads(found.get(REPLACES, b"[]")))
-                good.append(path)
+                good.append(shard)
             except (pa.ArrowInvalid, OSError) as error:
-                aside = path.with_suffix(".damaged")
-                path.rename(aside)
-                logger.warning("%s cannot be read (%s); set aside as %s, its rows are computed again", path, error, aside.name)
-        for path in good:
-            if path.name in replaced:
-                path.unlink(missing_ok=True)
-        return [path for path in good if path.name not in replaced]
+                aside = name.removesuffix(".parquet") + ".damaged"
+                shard.rename(aside)
+                logger.warning("%s cannot be read (%s); set aside as %s, its rows are computed again", shard, error, aside)
+        for shard in good:
+            if shard.name in replaced:
+                shard.delete()
+        return [shard for shard in good if shard.name not in replaced]
 
     def write(self, rows: pa.Table) -> None:
         """Add a shard; it appears with all its rows or not at all.
@@ -88,32 +85,28 @@ class Table:
         """
         if not rows.num_rows:
             return
-        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:6]}.parquet"
-        temporary = self.folder / f".{name}.part"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(rows, temporary, compression="zstd", use_dictionary=False, row_group_size=256)
-            os.replace(temporary, self.folder / name)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise InputError(
-                f"cannot write {self.folder}: {error.strerror or error}; make room or choose another --out, then run the same "
-                "command again: everything written so far is kept"
-            ) from error
+        shard = io.BytesIO()
+        pq.write_table(rows, shard, compression="zstd", use_dictionary=False, row_group_size=256)
+        (self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:6]}.parquet").write_bytes(shard.getvalue())
 
     def compact(self) -> None:
         """Join small shards into larger ones. The new one names those it replaces, so a crash loses and doubles nothing."""
-        small = [path for path in self.shards() if path.stat().st_size < SHARD_BYTES // 2]
-        groups: list[list[Path]] = [[]]
-        for path in small:
-            if sum(one.stat().st_size for one in groups[-1]) + path.stat().st_size > SHARD_BYTES:
+        shards, entries = self.shards(), self.folder.entries()
+        groups: list[list[Location]] = [[]]
+        filled = 0
+        for shard in shards:
+            size = entries[shard.name].size
+            if size >= SHARD_BYTES // 2:
+                continue
+            if filled + size > SHARD_BYTES:
                 groups.append([])
-            groups[-1].append(path)
+                filled = 0
+            groups[-1].append(shard)
+            filled += size
         for group in groups:
             if len(group) > 1:
-                rows = pa.concat_tables([pq.read_table(path) for path in group])
-                names = json.dumps([path.name for path in group]).encode()
+                rows = pa.concat_tables([read_shard(shard) for shard in group])
+                names = json.dumps([shard.name for shard in group]).encode()
                 self.write(rows.replace_schema_metadata({**(rows.schema.metadata or {}), REPLACES: names}))
         self.shards()
 
@@ -122,7 +115,7 @@ class Table:
         shards = self.shards()
         if not shards:
             return None
-        frame = pl.read_parquet(shards, columns=list(columns) if columns else None)
+        frame = pl.DataFrame(pl.from_arrow(pa.concat_tables([read_shard(shard, columns) for shard in shards])))
         present = [name for name in self.key if name in frame.columns]
         return frame.unique(present, keep="last", maintain_order=True).sort(present)
 
@@ -132,6 +125,28 @@ class Table:
         if frame is None:
             return set()
         return set(frame[self.key[0]]) if len(self.key) == 1 else set(frame.select(self.key).iter_rows())
+
+
+def read_shard(shard: Location, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a shard that `Table.shards` named.
+
+    Raises:
+        InputError: it is gone, or the storage fails.
+    """
+    try:
+        with shard.open() as file:
+            return pq.read_table(file, columns=list(columns) if columns else None)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot read {shard}: {' '.join(str(error).split())}; run the same command again") from error
+
+
+def _schema(shard: Location) -> pa.Schema:
+    """The columns of a shard; where pyarrow fails, of the bytes fetched anew, so that only damage can be the reason."""
+    try:
+        with shard.open() as file:
+            return pq.read_schema(file)
+    except (OSError, pa.ArrowInvalid):
+        return pq.read_schema(pa.BufferReader(shard.read_bytes()))
 
 
 class Appender(Generic[Record]):
@@ -165,51 +180,47 @@ class Appender(Generic[Record]):
 class RunFolder:
     """The folder of one run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.effects = Table(path / "effects", ["vector_id"])
-        self.baseline = Table(path / "effects" / "baseline", ["vector_id"])
-        self.waiting = Table(path / "effects" / "waiting", ["vector_id"])
-        self.failures = Table(path / "effects" / "failed", ["vector_id"])
-        self.generations = Table(path / "generations", ["generation_id"])
+    def __init__(self, path: Where) -> None:
+        self.path = locate(path)
+        self.effects = Table(self.path / "effects", ["vector_id"])
+        self.baseline = Table(self.path / "effects" / "baseline", ["vector_id"])
+        self.waiting = Table(self.path / "effects" / "waiting", ["vector_id"])
+        self.failures = Table(self.path / "effects" / "failed", ["vector_id"])
+        self.generations = Table(self.path / "generations", ["generation_id"])
 
     def grades(self, goal: str, settings: str) -> Table:
         """Grades of one goal by one judge; `settings` is the hash of what the judge was told."""
         return Table(self.path / "grades" / f"{goal}-{settings}", ["generation_id", "criterion"])
 
     @property
-    def approximator(self) -> Path:
+    def approximator(self) -> Location:
         return self.path / "approximator.safetensors"
 
-    def vector(self, goal: str, method: str) -> Path:
+    def vector(self, goal: str, method: str) -> Location:
         """File of the vector of a goal and method."""
         return self.path / "vectors" / f"{goal}--{method}.safetensors"
 
     @classmethod
-    def create(cls, path: Path, experiment: Experiment, effect_settings: Mapping[str, Any]) -> RunFolder:
+    def create(cls, path: Where, experiment: Experiment, effect_settings: Mapping[str, Any]) -> RunFolder:
         """The folder for this experiment, made where it does not exist.
 
         Raises:
-            InputError: not a run folder, not writable, or it holds effects measured with other settings (names the keys).
+            InputError: no such bucket, a service that does not answer, not a run folder, not writable, or it holds effects
+                measured with other settings (names the keys).
         """
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file; --out needs a folder")
         run = cls(path)
-        if path.is_dir() and any(run._foreign()) and not (path / "experiment.toml").is_file():
-            raise InputError(f"{path} is not empty and holds no experiment.toml; give --out a new folder or a run folder")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with run.locked():
-                run._check_effect_settings(effect_settings)
-                write_whole(path / "experiment.toml", experiment.to_toml())
-                run.update_manifest(versions=versions(), git_commit=git_commit(), seed=experiment.seed)
-                run.update_stage("effects", {"settings": dict(effect_settings)})
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+        run.path.check()
+        if run.path.is_file():
+            raise InputError(f"{run.path} is a file; --out needs a folder")
+        entries = run.path.entries().keys() - {LOCK}
+        if entries and "experiment.toml" not in entries:
+            raise InputError(f"{run.path} is not empty and holds no experiment.toml; give --out a new folder or a run folder")
+        with run.locked():
+            run._check_effect_settings(effect_settings)
+            (run.path / "experiment.toml").write_text(experiment.to_toml())
+            run.update_manifest(versions=versions(), git_commit=git_commit(), seed=experiment.seed)
+            run.update_stage("effects", {"settings": dict(effect_settings)})
         return run
-
-    def _foreign(self) -> Iterator[Path]:
-        return (path for path in self.path.iterdir() if path.name != LOCK)
 
     def _check_effect_settings(self, settings: Mapping[str, Any]) -> None:
         before = self.manifest().get("effects", {}).get("settings")
@@ -228,7 +239,7 @@ class RunFolder:
         if not path.is_file():
             return {}
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is damaged ({error}); move it away and run again") from error
         if not isinstance(manifest, dict):
@@ -238,21 +249,15 @@ class RunFolder:
     def update_manifest(self, **entries: Any) -> None:
         """Set top-level entries of the manifest."""
         manifest = {**self.manifest(), **entries}
-        write_whole(self.path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        (self.path / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
     def update_stage(self, stage: str, entries: Mapping[str, Any]) -> None:
         """Set entries of one stage, keeping its others."""
         self.update_manifest(**{stage: {**self.manifest().get(stage, {}), **entries}})
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for one writer; a second one gets an `InputError` at once. A killed process lets go by itself."""
-        with (self.path / LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"another saets process is writing {self.path}; wait for it or give another --out") from error
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the folder for one writer; a second one gets an `InputError` at once. See `lock.held`."""
+        return held(self.path)
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

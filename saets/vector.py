@@ -6,17 +6,16 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saets.errors import InputError, unknown
 from saets.records import vector_id
 from saets.shapes import Float
+from saets.storage import Where
+from saets.tensors import read_tensors, write_tensors
 
 FORMAT = "saets-vector"
 
@@ -55,32 +54,22 @@ class SteeringVector:
             raise InputError("a steering vector needs finite numbers that are not all zero")
         return cls((vector.double() / length).float(), hook_name, provenance)
 
-    def save(self, path: str | Path) -> None:
-        """Write direction and provenance as safetensors, whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
+    def save(self, path: Where) -> None:
+        """Write direction and provenance as safetensors, whole, to a local path or a URI."""
         header = {"format": FORMAT, "hook_name": self.hook_name, "provenance": json.dumps(self.provenance, sort_keys=True)}
-        save_file({"direction": self.direction.contiguous()}, temporary, metadata=header)
-        temporary.replace(path)
+        write_tensors(path, {"direction": self.direction}, header)
 
     @classmethod
-    def load(cls, path: str | Path) -> SteeringVector:
+    def load(cls, path: Where) -> SteeringVector:
         """Read a file written by `save`.
 
         Raises:
             InputError: missing or damaged file, or one of another kind.
         """
-        if not Path(path).is_file():
-            raise InputError(f"no vector file {path}; `saets vectors` writes the vectors of a run")
-        try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") != FORMAT or "direction" not in file.keys():  # noqa: SIM118 - not a dict
-                    raise InputError(f"{path} is not a saets vector file; expected one written by `saets vectors`")
-                return cls(file.get_tensor("direction"), header["hook_name"], json.loads(header["provenance"]))
-        except SafetensorError as error:
-            raise InputError(f"{path} is not a safetensors file: {error}") from error
+        tensors, header = read_tensors(path, f"no vector file {path}; `saets vectors` writes the vectors of a run")
+        if header.get("format") != FORMAT or "direction" not in tensors:
+            raise InputError(f"{path} is not a saets vector file; expected one written by `saets vectors`")
+        return cls(tensors["direction"], header["hook_name"], json.loads(header["provenance"]))
 
     @contextlib.contextmanager
     def applied(self, model: Any, scale: float) -> Iterator[Any]:

@@ -36,7 +36,8 @@ from saets.goal import Features, goal_names, load_goal
 from saets.model import load_model
 from saets.stages.effects import measure_effects
 from saets.stages.session import Session
-from saets.store import RunFolder, write_whole
+from saets.storage import locate
+from saets.store import RunFolder, read_shard
 from saets.tokens import encode
 
 ASSETS = PRESETS / "smollm2"
@@ -247,7 +248,7 @@ def ship_sae(work: Path) -> None:
     shutil.copytree(work / "sae", ASSETS / "sae", dirs_exist_ok=True)
     texts = [" ".join(json.loads(line).split()) for line in (work / "own.jsonl").read_text().splitlines()]
     long = [text for text in texts if len(text.split()) >= 42 and text.isprintable()]
-    write_whole(PRESETS / "calibration.txt", "\n".join(long[:: len(long) // PASSAGES][:PASSAGES]) + "\n")
+    locate(PRESETS / "calibration.txt").write_text("\n".join(long[:: len(long) // PASSAGES][:PASSAGES]) + "\n")
 
 
 def measure(work: Path) -> None:
@@ -269,9 +270,9 @@ def ship_effects(work: Path) -> None:
     shutil.rmtree(shipped, ignore_errors=True)
     for table, name in ((measured.effects, "effects"), (measured.baseline, "effects/baseline")):
         (shipped / name).mkdir(parents=True)
-        rows = pa.concat_tables([pq.read_table(shard) for shard in table.shards()]).sort_by("vector_id")
+        rows = pa.concat_tables([read_shard(shard) for shard in table.shards()]).sort_by("vector_id")
         pq.write_table(rows, shipped / name / "rows.parquet", compression="zstd", compression_level=19, use_dictionary=False)
-    write_whole(shipped / "manifest.json", (measured.path / "manifest.json").read_text())
+    locate(shipped / "manifest.json").write_text((measured.path / "manifest.json").read_text())
 
 
 STEPS = {

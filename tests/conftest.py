@@ -1,9 +1,13 @@
-"""The tiny random-weight model and its experiment, in float32 on the CPU whatever the machine has, and a chat server."""
+"""The tiny random-weight model and its experiment, in float32 on the CPU whatever the machine has; a chat server; a bucket."""
 
 from __future__ import annotations
 
+import logging
 import threading
+import urllib.request
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ import torch
 from saets.config import Experiment, Model
 from saets.experiment import load_experiment
 from saets.model import load_model
+from saets.storage import Location, locate
 from tests.chat_server import KEY, Server
 
 torch.set_num_threads(1)
@@ -36,3 +41,37 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """URI of a bucket at an S3 server on this machine, which the environment names as it would another provider's."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/tests", method="PUT")).close()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patched.setenv("AWS_REGION", "us-east-1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patched.setenv(name, "test")
+        yield "s3://tests"
+    server.stop()
+
+
+@pytest.fixture
+def remote(bucket: str) -> Location:
+    """A new folder in the bucket."""
+    return locate(f"{bucket}/{uuid.uuid4().hex}")
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """A new folder, once on this machine and once in the bucket."""
+    if request.param == "local":
+        return locate(tmp_path / "place")
+    folder: Location = request.getfixturevalue("remote")
+    return folder

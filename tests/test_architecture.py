@@ -21,7 +21,7 @@ FLOORS = (
     {"judge", "generation", "rows", "effects", "sources", "pending", "calibration_text", "model", "sae", "store", "plots"},
     {"engine", "results", "approximator", "methods"},
     {"goal", "vector", "records", "terminal", "experiment", "config"},
-    {"tokens", "hooks", "progress", "quiet", "shapes", "errors"},
+    {"tokens", "hooks", "progress", "quiet", "shapes", "storage", "lock", "tensors", "errors"},
 )
 """From the door down to the ground; a module imports from its own floor and from floors below."""
 

@@ -134,3 +134,19 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("smollm2", "gemma-2-2b", "gemma-2-9b", "tiny"))
+
+
+def test_a_location_that_cannot_be_used_is_refused(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Unrecognized filesystem type in URI: s4://bucket/run" in said([*TINY, "--out", "s4://bucket/run"], capsys)
+    assert "there is no bucket 'nowhere'" in said([*TINY, "--out", "s3://nowhere/run"], capsys)
+    assert "there is no bucket 'nowhere'" in said(["plot", "s3://nowhere/run"], capsys)
+    assert f"no run folder at {bucket}/none" in said(["plot", f"{bucket}/none"], capsys)
+
+
+def test_an_endpoint_that_nobody_listens_at_is_named(
+    bucket: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    line = said([*TINY, "--out", f"{bucket}/run"], capsys)
+    assert f"cannot reach {bucket}/run" in line
+    assert "AWS_ENDPOINT_URL" in line

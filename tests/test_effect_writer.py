@@ -12,7 +12,7 @@ from saets.engine.calibration import Calibration
 from saets.records import VectorItem, vector_id
 from saets.rows import measurement_rows, measurements_of
 from saets.stages.effects import EffectWriter
-from saets.store import RunFolder
+from saets.store import RunFolder, read_shard
 
 SETTINGS = Effects(loss_increase=0.5, baseline_blocks=2)
 
@@ -44,7 +44,7 @@ def run(tmp_path) -> RunFolder:
 
 def effects(run: RunFolder) -> dict[int, np.ndarray]:
     """Every row on disk, none merged with another."""
-    frame = pl.concat([pl.read_parquet(shard) for shard in run.effects.shards()])
+    frame = pl.concat([pl.from_arrow(read_shard(shard)) for shard in run.effects.shards()])
     assert frame["index"].is_unique().all()
     return dict(zip(frame["index"], frame["effect"].to_numpy(), strict=True))
 

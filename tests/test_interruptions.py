@@ -18,7 +18,7 @@ import pytest
 from saets.cli import main
 from saets.distributed.cluster import Cluster
 from saets.experiment import load_experiment
-from saets.store import RunFolder
+from saets.store import RunFolder, read_shard
 
 pytestmark = pytest.mark.ray
 
@@ -47,7 +47,7 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> p
 
 def rows(out: Path) -> pl.DataFrame:
     """The rows of all shards, which must hold each vector once."""
-    frame = pl.concat([pl.read_parquet(shard) for shard in RunFolder(out).effects.shards()]).sort("vector_id")
+    frame = pl.concat([pl.from_arrow(read_shard(shard)) for shard in RunFolder(out).effects.shards()]).sort("vector_id")
     assert frame["vector_id"].is_unique().all()
     return frame
 
@@ -98,7 +98,7 @@ def test_a_run_killed_again_and_again_stopped_and_damaged_ends_with_the_rows_of_
     assert "run the same command again to go on from here" in said
     stopped = run.effects.ids()
     assert stopped > killed
-    damaged = run.effects.shards()[0]
+    damaged = out / "effects" / run.effects.shards()[0].name
     damaged.write_bytes(damaged.read_bytes()[:-100])
     assert main(command(out)) == 0
     assert f"{damaged.name} cannot be read" in caplog.text

@@ -93,11 +93,11 @@ def png_bytes(path: Path) -> tuple[int, int, bytes]:
 @pytest.mark.parametrize("name", CHARTS)
 def test_a_saved_chart_opens_without_a_network(name: str, tmp_path: Path) -> None:
     html, svg, png = plots.save(CHARTS[name](texts()), tmp_path / "plots", name)
-    page = Scripts(html.read_text(encoding="utf-8"))
+    page = Scripts(html.read_text())
     plain = alt.Chart(alt.InlineData(values=[{"x": 1}])).mark_point().encode(x="x:Q").to_html(inline=True)
     assert page.loaded == []
     assert page.count == Scripts(plain).count, "a goal's name must not open a script of its own"
-    root = ElementTree.parse(svg).getroot()
+    root = ElementTree.fromstring(svg.read_bytes())
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 10
     width, height, lines = png_bytes(png)
     assert width > 500

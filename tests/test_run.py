@@ -23,6 +23,7 @@ from saets.config import RandomWeights
 from saets.distributed.cluster import Cluster
 from saets.experiment import load_experiment
 from saets.model import random_llama
+from saets.storage import locate
 from saets.store import RunFolder
 from tests.chat_server import KEY, Server, says
 
@@ -262,3 +263,47 @@ def test_a_killed_run_goes_on_where_it_was(finished: Path, folder: Path, tmp_pat
     assert len(resumed) == 440
     decoder = resumed.filter(pl.col("source") == "decoder")
     assert np.array_equal(decoder["effect"].to_numpy(), undisturbed["effect"].to_numpy())
+
+
+def test_a_run_in_a_bucket_goes_to_results_and_plots_and_is_not_computed_twice(
+    cluster: Cluster, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f"{bucket}/runs/tiny"
+    assert main(["run", "tiny", "--out", out]) == 0
+    printed = capsys.readouterr().out
+    assert f"plots: {out}/plots" in printed
+    folder = locate(out)
+
+    def written(name: str) -> dict[str, int]:
+        return {file: info.mtime_ns for file, info in (folder / name).entries().items()}
+
+    assert {Path(name).suffix for name in (folder / "plots").entries()} == {".html", ".svg", ".png"}
+    results = pl.read_parquet((folder / "results.parquet").read_bytes())
+    assert set(results["method"]) == {"caa", "sae", "sae_ts"}
+    once = ("effects", "effects/baseline", "generations", "vectors", "plots")
+    before, approximator = {name: written(name) for name in once}, (folder / "approximator.safetensors").read_bytes()
+    fitted = folder.entries()["fit.json"].mtime_ns
+    assert main(["run", out]) == 0
+    assert {name: written(name) for name in once} == before
+    assert (folder / "approximator.safetensors").read_bytes() == approximator
+    assert folder.entries()["fit.json"].mtime_ns == fitted
+    assert main(["plot", out]) == 0
+    assert main(["steer", out, "--goal", "london", "--method", "sae_ts", "--scale", "4", "--samples", "2"]) == 0
+    assert main(["forecast", out, "--feature", "3:1", "--top", "4"]) == 0
+    assert main(["forecast", "tiny", "--out", out, "--vector", f"{out}/vectors/london--caa.safetensors"]) == 0
+    assert ".lock" not in folder.entries()
+
+
+def test_effects_in_a_bucket_may_be_shipped_to_a_run_elsewhere(
+    cluster: Cluster, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = f"{bucket}/shipped"
+    assert main(["effects", "tiny", "--out", shipped]) == 0
+    changes = ["--set", f"effects.shipped={shipped}"]
+    assert main(["effects", "tiny", "--out", str(tmp_path / "own"), *changes]) == 0
+    own = RunFolder(tmp_path / "own")
+    assert own.effects.read() is None
+    assert own.baseline.ids() == RunFolder(shipped).baseline.ids()
+    capsys.readouterr()
+    assert main(["fit", "tiny", "--out", str(tmp_path / "own"), *changes]) == 0
+    assert "(0 measured here" in capsys.readouterr().out

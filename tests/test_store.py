@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from pyarrow.fs import FileSystem
 
 from saets.config import Experiment
 from saets.errors import InputError
 from saets.experiment import load_experiment
-from saets.store import Appender, RunFolder, Table, differing_keys
+from saets.rows import tensor_column
+from saets.stages.fit import measured_rows
+from saets.storage import Location, Where, locate
+from saets.store import Appender, RunFolder, Table, differing_keys, read_shard
 
 SETTINGS = {"seed": 0, "effects": {"length": 16, "prompts": ["", "I think"]}}
 
@@ -33,13 +36,13 @@ def rows(**values: object) -> pa.Table:
     return pa.table({"key": keys, "value": [values[key] for key in keys]})
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def names(folder: Where) -> list[str]:
+    return list(locate(folder).entries())
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Table:
-    return Table(tmp_path / "rows", ["key"])
+def table(place: Location) -> Table:
+    return Table(place / "rows", ["key"])
 
 
 @contextlib.contextmanager
@@ -57,7 +60,7 @@ def test_a_table_that_was_never_written_has_no_rows_and_no_folder(table: Table) 
     assert table.read() is None
     assert table.ids() == set()
     assert table.shards() == []
-    assert not table.folder.exists()
+    assert not table.folder.is_folder()
 
 
 def test_what_is_written_is_read_back_sorted_by_key(table: Table) -> None:
@@ -82,8 +85,8 @@ def test_the_newest_row_of_a_key_wins(table: Table) -> None:
     assert len(found) == 6
 
 
-def test_a_key_of_two_columns_tells_rows_apart_by_both(tmp_path: Path) -> None:
-    table = Table(tmp_path / "grades", ["text", "criterion"])
+def test_a_key_of_two_columns_tells_rows_apart_by_both(place: Location) -> None:
+    table = Table(place / "grades", ["text", "criterion"])
     table.write(pa.table({"text": ["a", "a"], "criterion": ["x", "y"], "score": [0.1, 0.2]}))
     table.write(pa.table({"text": ["b", "a"], "criterion": ["x", "y"], "score": [0.3, 0.4]}))
     assert table.ids() == {("a", "x"), ("a", "y"), ("b", "x")}
@@ -95,18 +98,42 @@ def test_a_key_of_two_columns_tells_rows_apart_by_both(tmp_path: Path) -> None:
 def test_no_rows_make_no_shard(table: Table) -> None:
     table.write(rows(a=1).slice(0, 0))
     assert table.read() is None
-    assert not table.folder.exists()
+    assert not table.folder.is_folder()
 
 
-def test_writing_leaves_only_complete_shards_and_a_part_of_another_writer_is_not_read(table: Table) -> None:
+def test_writing_leaves_only_complete_shards_and_a_part_of_another_writer_is_not_read(tmp_path: Path) -> None:
+    table = Table(tmp_path, ["key"])
     table.write(rows(a=1))
     assert [Path(name).suffix for name in names(table.folder)] == [".parquet"]
-    (table.folder / ".00000000000000000001-abcdef.parquet.part").write_bytes(b"PAR1 half a shard")
+    (tmp_path / ".00000000000000000001-abcdef.parquet.part").write_bytes(b"PAR1 half a shard")
     assert table.ids() == {"a"}
     assert len(names(table.folder)) == 2
 
 
-def test_a_write_that_fails_half_way_leaves_nothing_and_keeps_what_was_there(table: Table) -> None:
+def test_an_upload_that_was_not_completed_is_no_shard(remote: Location) -> None:
+    table = Table(remote, ["key"])
+    table.write(rows(a=1))
+    filesystem, path = FileSystem.from_uri(f"{remote}/00000000000000000001-abcdef.parquet")
+    with filesystem.open_output_stream(path) as upload:
+        upload.write(bytes(20_000_000))
+        assert table.ids() == {"a"}
+        assert len(names(table.folder)) == 1
+
+
+def test_a_shard_that_could_not_be_fetched_is_not_taken_for_a_damaged_one(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    table.write(rows(a=1))
+
+    def cut_off(self: Location) -> pa.NativeFile:
+        raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="cannot read .*NETWORK_CONNECTION"):
+        patched.setattr(Location, "open", cut_off)
+        table.shards()
+    assert table.ids() == {"a"}
+
+
+def test_a_write_that_fails_half_way_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
+    table = Table(tmp_path / "rows", ["key"])
     table.write(rows(a=1))
     before = names(table.folder)
     noise = np.random.default_rng(0).bytes(200_000)
@@ -134,7 +161,7 @@ def test_a_damaged_shard_is_set_aside_with_a_warning_and_its_rows_count_as_missi
     whole = first.read_bytes()
     first.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "foreign": b"these are not the rows you look for"}[damage])
     assert table.ids() == {"c"}
-    assert names(table.folder) == sorted([second.name, first.with_suffix(".damaged").name])
+    assert names(table.folder) == sorted([second.name, first.name.replace(".parquet", ".damaged")])
     assert first.name in caplog.text
     assert "computed again" in caplog.text
     table.write(rows(a=1, b=2))
@@ -181,12 +208,12 @@ def test_rows_already_flushed_are_not_written_again(table: Table) -> None:
 def test_an_appender_without_records_writes_nothing(table: Table) -> None:
     with appender(table):
         pass
-    assert not table.folder.exists()
+    assert not table.folder.is_folder()
 
 
-def test_a_new_run_folder_holds_the_experiment_and_a_manifest(tmp_path: Path, tiny_experiment: Experiment) -> None:
-    run = RunFolder.create(tmp_path / "runs" / "first", tiny_experiment, SETTINGS)
-    assert names(run.path) == [".lock", "experiment.toml", "manifest.json"]
+def test_a_new_run_folder_holds_the_experiment_and_a_manifest(place: Location, tiny_experiment: Experiment) -> None:
+    run = RunFolder.create(place / "runs" / "first", tiny_experiment, SETTINGS)
+    assert set(names(run.path)) - {".lock"} == {"experiment.toml", "manifest.json"}
     manifest = run.manifest()
     assert manifest["effects"]["settings"] == SETTINGS
     assert manifest["seed"] == 0
@@ -197,60 +224,60 @@ def test_a_new_run_folder_holds_the_experiment_and_a_manifest(tmp_path: Path, ti
     assert opened.manifest() == manifest
 
 
-def test_entries_of_the_manifest_come_back_equal_and_keep_their_neighbours(tmp_path: Path, tiny_experiment: Experiment) -> None:
-    run = RunFolder.create(tmp_path, tiny_experiment, SETTINGS)
+def test_entries_of_the_manifest_come_back_equal_and_keep_their_neighbours(place: Location, tiny_experiment: Experiment) -> None:
+    run = RunFolder.create(place, tiny_experiment, SETTINGS)
     before = run.manifest()
     run.update_manifest(note="ünï", numbers=[1, 2.5, None])
     run.update_stage("fit", {"penalty": 0.01})
     run.update_stage("fit", {"rows": 3, "errors": {"0.01": 0.5}})
     run.update_stage("effects", {"shape": {"rows_per_step": 24}})
-    assert RunFolder(tmp_path).manifest() == {
+    assert RunFolder(place).manifest() == {
         **before,
         "note": "ünï",
         "numbers": [1, 2.5, None],
         "fit": {"penalty": 0.01, "rows": 3, "errors": {"0.01": 0.5}},
         "effects": {"settings": SETTINGS, "shape": {"rows_per_step": 24}},
     }
-    assert names(tmp_path) == [".lock", "experiment.toml", "manifest.json"]
+    assert set(names(place)) - {".lock"} == {"experiment.toml", "manifest.json"}
 
 
-def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, tiny_experiment: Experiment) -> None:
-    run = RunFolder.create(tmp_path, tiny_experiment, SETTINGS)
-    (tmp_path / "manifest.json").write_text('{"effects": ')
+def test_a_damaged_manifest_is_refused_by_name(place: Location, tiny_experiment: Experiment) -> None:
+    run = RunFolder.create(place, tiny_experiment, SETTINGS)
+    (place / "manifest.json").write_text('{"effects": ')
     with pytest.raises(InputError, match="manifest.json is damaged"):
         run.manifest()
 
 
-def test_a_file_and_a_folder_that_is_no_run_are_refused_and_left_alone(tmp_path: Path, tiny_experiment: Experiment) -> None:
-    thesis = tmp_path / "thesis.txt"
+def test_a_file_and_a_folder_that_is_no_run_are_refused_and_left_alone(place: Location, tiny_experiment: Experiment) -> None:
+    thesis = place / "thesis.txt"
     thesis.write_text("a year's work")
     with pytest.raises(InputError, match="is a file; --out needs a folder"):
         RunFolder.create(thesis, tiny_experiment, SETTINGS)
     with pytest.raises(InputError, match="is not empty and holds no experiment.toml"):
-        RunFolder.create(tmp_path, tiny_experiment, SETTINGS)
-    assert names(tmp_path) == ["thesis.txt"]
+        RunFolder.create(place, tiny_experiment, SETTINGS)
+    assert names(place) == ["thesis.txt"]
     assert thesis.read_text() == "a year's work"
 
 
-def test_an_empty_folder_and_a_run_folder_of_the_same_settings_are_taken(tmp_path: Path, tiny_experiment: Experiment) -> None:
-    run = RunFolder.create(tmp_path, tiny_experiment, SETTINGS)
+def test_an_empty_folder_and_a_run_folder_of_the_same_settings_are_taken(place: Location, tiny_experiment: Experiment) -> None:
+    run = RunFolder.create(place, tiny_experiment, SETTINGS)
     run.effects.write(pa.table({"vector_id": ["a"]}))
-    again = RunFolder.create(tmp_path, tiny_experiment, json.loads(json.dumps(SETTINGS)))
+    again = RunFolder.create(place, tiny_experiment, json.loads(json.dumps(SETTINGS)))
     assert again.effects.ids() == {"a"}
 
 
 @pytest.mark.parametrize("measured", ["effects", "baseline"])
 def test_a_folder_of_effects_with_other_settings_is_refused_and_the_keys_are_named(
-    tmp_path: Path, tiny_experiment: Experiment, measured: str
+    place: Location, tiny_experiment: Experiment, measured: str
 ) -> None:
-    run = RunFolder.create(tmp_path, tiny_experiment, SETTINGS)
+    run = RunFolder.create(place, tiny_experiment, SETTINGS)
     getattr(run, measured).write(pa.table({"vector_id": ["a"]}))
-    before = (tmp_path / "experiment.toml").read_text(), run.manifest()
+    before = (place / "experiment.toml").read_text(), run.manifest()
     other = {"seed": 0, "effects": {"length": 20, "prompts": ["", "I think"], "top_k": 9}}
     with pytest.raises(InputError) as refused:
-        RunFolder.create(tmp_path, tiny_experiment.model_copy(update={"description": "changed"}), other)
+        RunFolder.create(place, tiny_experiment.model_copy(update={"description": "changed"}), other)
     assert "effects.length: 16 -> 20; effects.top_k: None -> 9" in str(refused.value)
-    assert ((tmp_path / "experiment.toml").read_text(), run.manifest()) == before
+    assert ((place / "experiment.toml").read_text(), run.manifest()) == before
 
 
 def test_settings_may_change_as_long_as_nothing_was_measured(tmp_path: Path, tiny_experiment: Experiment) -> None:
@@ -267,19 +294,19 @@ def test_differing_keys_are_named_with_their_section_and_both_values() -> None:
 
 
 def test_a_second_writer_in_the_same_process_is_refused_until_the_first_is_done(
-    tmp_path: Path, tiny_experiment: Experiment
+    place: Location, tiny_experiment: Experiment
 ) -> None:
-    run = RunFolder.create(tmp_path, tiny_experiment, SETTINGS)
+    run = RunFolder.create(place, tiny_experiment, SETTINGS)
     with run.locked():
-        with pytest.raises(InputError, match="another saets process is writing"), RunFolder(tmp_path).locked():
+        with pytest.raises(InputError, match="another saets process is writing"), RunFolder(place).locked():
             pass
-        assert RunFolder(tmp_path).manifest()
-    with RunFolder(tmp_path).locked():
+        assert RunFolder(place).manifest()
+    with RunFolder(place).locked():
         pass
 
 
-def test_the_lock_is_let_go_after_an_exception(tmp_path: Path, tiny_experiment: Experiment) -> None:
-    run = RunFolder.create(tmp_path, tiny_experiment, SETTINGS)
+def test_the_lock_is_let_go_after_an_exception(place: Location, tiny_experiment: Experiment) -> None:
+    run = RunFolder.create(place, tiny_experiment, SETTINGS)
     with pytest.raises(RuntimeError, match="on purpose"), run.locked():
         raise RuntimeError("on purpose")
     with run.locked():
@@ -304,8 +331,8 @@ def test_a_folder_held_by_another_process_is_refused_until_that_process_is_kille
 
 def test_files_of_a_run_are_named_by_goal_and_method(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    assert run.vector("london", "sae_ts") == tmp_path / "vectors" / "london--sae_ts.safetensors"
-    assert run.approximator == tmp_path / "approximator.safetensors"
+    assert run.vector("london", "sae_ts").local == tmp_path / "vectors" / "london--sae_ts.safetensors"
+    assert run.approximator.local == tmp_path / "approximator.safetensors"
     assert run.grades("london", "a").folder != run.grades("london", "b").folder != run.grades("anger", "b").folder
 
 
@@ -319,7 +346,7 @@ def test_compacting_joins_small_shards_and_keeps_every_row(table: Table) -> None
     table.write(pa.table({"key": ["0-0"], "value": [9]}))
     table.compact()
     assert table.read().filter(pl.col("key") == "0-0")["value"].item() == 9
-    assert len(list(table.folder.iterdir())) == 1
+    assert len(names(table.folder)) == 1
 
 
 def test_a_crash_between_joining_shards_and_removing_them_doubles_and_loses_nothing(
@@ -329,23 +356,37 @@ def test_a_crash_between_joining_shards_and_removing_them_doubles_and_loses_noth
         table.write(pa.table({"key": [str(i)], "value": [i]}))
     before = table.read()
 
-    def crash(path: Path, missing_ok: bool = False) -> None:
+    def crash(shard: Location) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "unlink", crash)
+        patched.setattr(Location, "delete", crash)
         with pytest.raises(KeyboardInterrupt):
             table.compact()
-    assert len(list(table.folder.glob("*.parquet"))) == 4
-    assert sum(pq.read_metadata(path).num_rows for path in table.shards()) == 3
+    assert len(names(table.folder)) == 4
+    assert sum(len(read_shard(shard)) for shard in table.shards()) == 3
     assert table.read().equals(before)
-    assert len(list(table.folder.glob("*.parquet"))) == 1
+    assert len(names(table.folder)) == 1
 
 
 def test_large_shards_are_left_alone(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saets.store.SHARD_BYTES", 100)
     for i in range(3):
         table.write(pa.table({"key": [str(i)], "value": [i]}))
-    names = [path.name for path in table.shards()]
+    before = names(table.folder)
     table.compact()
-    assert [path.name for path in table.shards()] == names
+    assert names(table.folder) == before
+
+
+def test_rows_that_two_writers_both_wrote_are_fitted_once(place: Location) -> None:
+    def measured(*ids: str) -> pa.Table:
+        vectors = tensor_column([np.full(2, len(name), np.float32) for name in ids])
+        return pa.table({"vector_id": list(ids), "vector": vectors, "effect": vectors})
+
+    own, shipped = Table(place / "own", ["vector_id"]), Table(place / "shipped", ["vector_id"])
+    own.write(measured("a", "bb"))
+    own.write(measured("bb", "ccc"))
+    shipped.write(measured("a", "dddd"))
+    parts = list(measured_rows([own, shipped]))
+    assert [part["vector_id"].to_pylist() for part in parts] == [["bb", "ccc"], ["a"], ["dddd"]]
+    assert [part["vector"].combine_chunks().to_numpy_ndarray()[:, 0].tolist() for part in parts] == [[2, 3], [1], [4]]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import ray
+import ray.data
 import ray.train
 import torch
 from ray.train import ScalingConfig
@@ -31,10 +32,8 @@ class FitResult(NamedTuple):
     """Rows, penalty, and held-out figures of the fit to the training rows alone."""
 
 
-def fit(
-    shards: Sequence[Path], settings: Fit, cluster: Cluster, *, seed: int, d_model: int, d_sae: int, gpus: float = 0.0
-) -> FitResult:
-    """Fit the rows of Parquet shards with columns `vector_id`, `vector` and `effect`.
+def fit(tables: Iterable[pa.Table], settings: Fit, cluster: Cluster, *, seed: int, gpus: float = 0.0) -> FitResult:
+    """Fit the rows of tables with columns `vector_id`, `vector` and `effect`, which go to Ray one after the other.
 
     A row is held out by a hash of the seed and its vector_id, so the split does not depend on order, shards or workers. The
     penalty of least held-out error is then used on all rows together.
@@ -43,17 +42,17 @@ def fit(
         InputError: too few rows, or numbers that are not finite.
     """
     cluster.connect()
-    dataset = ray.data.read_parquet([str(path) for path in shards], columns=["vector_id", "vector", "effect"]).materialize()
+    refs: list[Any] = []
+    widths: dict[str, int] = {}
+    for table in tables:
+        widths = {size: table.schema.field(name).type.shape[0] for size, name in (("d_model", "vector"), ("d_sae", "effect"))}
+        refs.append(ray.put(table))
+    dataset = ray.data.from_arrow_refs(refs)
     with tempfile.TemporaryDirectory(prefix="saets-fit-") as folder:
         train: Any = _train  # Ray's type knows no loop that returns something
         trainer = TorchTrainer(
             train,
-            train_loop_config={
-                "settings": settings.model_dump_json(),
-                "seed": seed,
-                "d_model": d_model,
-                "d_sae": d_sae,
-            },
+            train_loop_config={"settings": settings.model_dump_json(), "seed": seed, **widths},
             scaling_config=ScalingConfig(
                 num_workers=settings.workers,
                 use_gpu=gpus > 0,

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from saets.config import BASELINE, Effects
@@ -21,7 +20,7 @@ from saets.model import model_shape
 from saets.pending import Pending, id_numbers
 from saets.rows import Baseline, baseline_rows, effect_rows, failure_rows, measurement_rows, measurements_of
 from saets.stages.session import Session
-from saets.store import Appender, RunFolder, Table
+from saets.store import Appender, RunFolder, Table, read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
     shipped = session.shipped()
     if shipped is not None and not run.baseline.shards():
         for shard in shipped.baseline.shards():
-            run.baseline.write(pq.read_table(shard))
+            run.baseline.write(read_shard(shard))
     with EffectWriter(run, experiment.effects) as writer:
         known = [_numbers(run.effects), _numbers(run.waiting), _numbers(shipped.effects if shipped else None)]
         if not retry_failed:
@@ -166,10 +165,10 @@ class EffectWriter:
         waiting = self._run.waiting.shards()
         there = self._run.effects.ids() if waiting else set()
         for shard in waiting:
-            found = [one for one in measurements_of(pq.read_table(shard)) if one.item.vector_id not in there]
+            found = [one for one in measurements_of(read_shard(shard)) if one.item.vector_id not in there]
             self._effects.add(found)
             self._effects.flush()
-            shard.unlink()
+            shard.delete()
 
 
 def shared_baseline(run: RunFolder) -> Baseline:

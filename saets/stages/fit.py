@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 
-import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from saets.approximator import EffectApproximator
 from saets.config import settings_hash
 from saets.distributed import fit as distributed
 from saets.errors import InputError
 from saets.stages.session import Session, effect_settings
-from saets.store import write_whole
+from saets.store import Table, read_shard
 
 
 def fit_approximator(session: Session) -> None:
@@ -29,21 +31,28 @@ def fit_approximator(session: Session) -> None:
         return
     if rows < 3:
         raise InputError(f"{rows} measured effects in {run.path}; run `saets effects` first: a fit needs at least 3 rows")
-    shards = [shard for table in tables for shard in table.shards()]
-    first = pl.read_parquet(shards[0], n_rows=1)
     with session.progress.stage("fitting the approximator", rows, 0, "rows") as advance:
         approximator, report = distributed.fit(
-            shards,
+            measured_rows(tables),
             experiment.fit,
             session.cluster,
             seed=experiment.seed,
-            d_model=first["vector"].to_numpy().shape[1],
-            d_sae=first["effect"].to_numpy().shape[1],
             gpus=experiment.execution.gpus_per_actor,
         )
         advance(rows)
     report = {**report, "rows_own": len(ids[0]), "rows_shipped": rows - len(ids[0])}
     provenance = {**effect_settings(experiment), "fit": report}
     EffectApproximator(approximator.M, approximator.b, provenance).save(run.approximator)
-    write_whole(run.path / "fit.json", json.dumps(report, indent=1) + "\n")
+    (run.path / "fit.json").write_text(json.dumps(report, indent=1) + "\n")
     run.update_stage("fit", {"inputs": inputs})
+
+
+def measured_rows(tables: Sequence[Table]) -> Iterator[pa.Table]:
+    """Vectors and effects, a shard at a time, newest first and each vector once."""
+    seen: set[str] = set()
+    for table in tables:
+        for shard in reversed(table.shards()):
+            rows = read_shard(shard, ["vector_id", "vector", "effect"])
+            fresh = pc.invert(pc.is_in(rows["vector_id"], pa.array(list(seen), pa.string())))
+            seen |= set(rows["vector_id"].to_pylist())
+            yield rows.filter(fresh)

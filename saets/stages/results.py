@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
@@ -15,7 +15,7 @@ from saets.errors import InputError
 from saets.records import UNSTEERED
 from saets.stages.evaluate import grade_settings, wanted_generations
 from saets.stages.session import Session
-from saets.store import write_whole
+from saets.storage import Location
 
 
 class Outcome(NamedTuple):
@@ -56,20 +56,20 @@ def write_results(session: Session) -> None:
     """Write results.parquet and results.md."""
     outcome = read_outcome(session)
     table = results.results_table(outcome.texts, seed=session.experiment.seed)
-    temporary = session.run.path / ".results.parquet.part"
-    table.write_parquet(temporary)
-    temporary.replace(session.run.path / "results.parquet")
-    write_whole(session.run.path / "results.md", results.markdown_table(outcome.summary, plots.display_names()))
+    content = io.BytesIO()
+    table.write_parquet(content)
+    (session.run.path / "results.parquet").write_bytes(content.getvalue())
+    (session.run.path / "results.md").write_text(results.markdown_table(outcome.summary, plots.display_names()))
 
 
-def write_plots(session: Session) -> list[Path]:
+def write_plots(session: Session) -> list[Location]:
     """Draw every plot for which the run has data, as HTML, SVG and PNG; plots of the same rows are left as they are."""
     outcome = read_outcome(session)
     folder = session.run.path / "plots"
     effects = session.run.effects.read(["vector_id", "scale", "calibration"])
     drawn_from = settings_hash([outcome.texts.hash_rows(0).to_list(), effects.rows() if effects is not None else None])
-    if session.run.manifest().get("plots", {}).get("drawn_from") == drawn_from and folder.is_dir():
-        return sorted(folder.iterdir())
+    if session.run.manifest().get("plots", {}).get("drawn_from") == drawn_from and folder.is_folder():
+        return [folder / name for name in folder.entries()]
     table = results.results_table(outcome.texts, seed=session.experiment.seed)
     charts = {
         "product_by_scale": plots.product_by_scale(table),
@@ -82,7 +82,7 @@ def write_plots(session: Session) -> list[Path]:
     if effects is not None:
         charts["calibration"] = plots.calibration_histogram(effects)
     with session.progress.stage("drawing", len(charts), 0, "plots") as advance:
-        written: list[Path] = []
+        written: list[Location] = []
         for name, chart in charts.items():
             written += plots.save(chart, folder, name)
             advance(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from saets.config import Experiment, packaged
@@ -13,6 +12,7 @@ from saets.distributed.cluster import Cluster
 from saets.distributed.pool import SteeringPool
 from saets.errors import InputError
 from saets.progress import Progress, Silent
+from saets.storage import Where, is_uri
 from saets.store import RunFolder, differing_keys
 
 
@@ -31,7 +31,7 @@ class Session:
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, experiment: Experiment, out: Path, progress: Progress | None = None, *, measure: bool = False, verbose: bool = False
+        cls, experiment: Experiment, out: Where, progress: Progress | None = None, *, measure: bool = False, verbose: bool = False
     ) -> Iterator[Session]:
         """Make or check the run folder (`RunFolder.create` says what is refused) and hold it for writing.
 
@@ -50,7 +50,8 @@ class Session:
         where = self.experiment.effects.shipped
         if where is None or self.measure:
             return None
-        shipped = RunFolder(packaged(where))
+        shipped = RunFolder(where if is_uri(where) else packaged(where))
+        shipped.path.check()
         settings = shipped.manifest().get("effects", {}).get("settings")
         if settings is None or not shipped.effects.shards():
             raise InputError(f"effects.shipped names {shipped.path}, which holds no effects; leave it out or give --measure")
@@ -80,4 +81,4 @@ def effect_settings(experiment: Experiment) -> dict[str, Any]:
 
 def model_settings(experiment: Experiment) -> dict[str, Any]:
     """The settings that say which model it is; where it runs does not matter."""
-    return experiment.model.model_dump(mode="json", exclude_none=True, exclude={"device"})
+    return experiment.model.model_dump(mode="json", exclude_none=True, exclude={"device", "device_map"})

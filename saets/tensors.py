@@ -1,0 +1,45 @@
+"""Tensors with a header of text, as safetensors: the form of vectors and of the fitted map."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from saets.errors import InputError
+from saets.storage import Where, locate
+
+
+class TensorFile(NamedTuple):
+    """What such a file holds."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+
+
+def write_tensors(where: Where, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a file, whole or not at all; raises `InputError` where that cannot be done."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    locate(where).write_bytes(save(whole, metadata=dict(header)))
+
+
+def read_tensors(where: Where, missing: str) -> TensorFile:
+    """Read a file.
+
+    Raises:
+        InputError: `missing` where there is none; a file that is not safetensors or cannot be read.
+    """
+    location = locate(where)
+    if not location.is_file():
+        raise InputError(missing)
+    content = location.read_bytes()
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise InputError(f"{location} is not a safetensors file: {error}") from error
+    size = int.from_bytes(content[:8], "little")
+    return TensorFile(tensors, json.loads(content[8 : 8 + size]).get("__metadata__", {}))
