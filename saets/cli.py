@@ -7,8 +7,8 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -127,6 +127,7 @@ def _effects(options: argparse.Namespace) -> None:
     with _session(options) as session:
         measure_effects(session, retry_failed=options.retry_failed)
         _show_path("effects", session.run.effects.folder)
+        _show_storage(session.run.manifest()["effects"].get("storage"))
 
 
 def _fit(options: argparse.Namespace) -> None:
@@ -318,6 +319,17 @@ def _show_fit(session: Session) -> None:
 
 def _show_path(what: str, path: Location) -> None:
     console.print(f"{what}: {path}", markup=False)
+
+
+def _show_storage(storage: Mapping[str, Any] | None) -> None:
+    if storage is None:
+        return
+    share = storage["rounding_rms"] / storage["standard_error_rms"] if storage["standard_error_rms"] else float("nan")
+    console.print(
+        f"stored in {storage['dtype']}: {storage['megabytes_per_10000_vectors']:.3g} MB per 10,000 vectors; rounding errs by "
+        f"{storage['rounding_rms']:.2g} (RMS), {share:.2%} of the effects' standard error",
+        markup=False,
+    )
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

@@ -107,6 +107,21 @@ def test_measurements_come_back_from_their_rows(features: bool) -> None:
             assert np.array_equal(new.feature_error_variance, old.feature_error_variance)
 
 
+def test_the_size_of_the_rows_and_what_rounding_adds_are_told(run: RunFolder) -> None:
+    with EffectWriter(run, SETTINGS) as writer:
+        assert writer.storage() is None
+        writer.add([*BLOCKS, *VECTORS])
+    stored = writer.storage()
+    assert stored is not None
+    baseline = ((BLOCKS[0].mean.astype(np.float64) + BLOCKS[1].mean) / 2).astype(np.float32)
+    exact = np.stack([vector.mean - baseline for vector in VECTORS])
+    rounding = np.sqrt(np.mean(np.square(exact.astype(np.float16).astype(np.float64) - exact)))
+    assert stored["rounding_rms"] == pytest.approx(rounding, rel=1e-3)
+    assert stored["standard_error_rms"] == pytest.approx(np.sqrt(0.25 + 0.25 / 2))
+    size = sum(path.stat().st_size for path in (run.path / "effects").local.glob("*.parquet"))
+    assert stored["megabytes_per_10000_vectors"] == pytest.approx(size / 5 * 1e4 / 1e6)
+
+
 def test_float32_effects_lose_nothing_and_float16_a_2048th(run: RunFolder, tmp_path) -> None:
     exact = RunFolder(tmp_path / "exact")
     for folder, dtype in ((run, "float16"), (exact, "float32")):

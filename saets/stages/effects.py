@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from saets.config import BASELINE, Effects
 from saets.distributed import effects as distributed
 from saets.distributed.rollcall import actors_alive, open_board
-from saets.effects import Failure, Measurement
+from saets.effects import Failure, Measurement, effect_of
 from saets.errors import InputError
 from saets.model import model_shape
 from saets.pending import Pending, id_numbers
@@ -44,6 +45,8 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
         if pending.vectors or run.waiting.shards():
             _measure(session, pending, writer, shipped)
     run.effects.compact()
+    if storage := writer.storage():
+        run.update_stage("effects", {"storage": storage})
     lost = run.failures.ids() - run.effects.ids()
     if lost:
         logger.warning("%d vectors could not be measured; the reasons are in %s", len(lost), run.failures.folder)
@@ -136,8 +139,10 @@ class EffectWriter:
         self._run = run
         self._missing = settings.baseline_blocks - len(run.baseline.ids())
         self._baseline = functools.cache(lambda: shared_baseline(run))
-        self._effects = Appender[Measurement](run.effects, lambda found: effect_rows(found, self._baseline(), settings.dtype))
+        self._dtype = settings.dtype
+        self._effects = Appender(run.effects, self._rows)
         self._waiting = Appender(run.waiting, measurement_rows)
+        self._rounding, self._variance, self._written = 0.0, 0.0, 0
 
     def __enter__(self) -> EffectWriter:
         self._settle()
@@ -169,6 +174,29 @@ class EffectWriter:
             self._effects.add(found)
             self._effects.flush()
             shard.delete()
+
+    def _rows(self, found: list[Measurement]) -> pa.Table:
+        baseline = self._baseline()
+        rows = effect_rows(found, baseline, self._dtype)
+        exact = np.stack([effect_of(one.mean, baseline.mean) for one in found])
+        stored = rows["effect"].combine_chunks().to_numpy_ndarray().astype(np.float32)
+        self._rounding += np.square(stored - exact).mean(axis=1).sum().item()
+        self._variance += np.square(rows["standard_error"].to_numpy()).sum().item()
+        self._written += len(found)
+        return rows
+
+    def storage(self) -> dict[str, float | str] | None:
+        """What the rows on disk take, and what their rounding adds to their error; None where nothing was written."""
+        if not self._written:
+            return None
+        sizes = [entry.size for name, entry in self._run.effects.folder.entries().items() if name.endswith(".parquet")]
+        rows = len(_numbers(self._run.effects))
+        return {
+            "dtype": self._dtype,
+            "megabytes_per_10000_vectors": sum(sizes) / rows * 10_000 / 1e6,
+            "rounding_rms": (self._rounding / self._written) ** 0.5,
+            "standard_error_rms": (self._variance / self._written) ** 0.5,
+        }
 
 
 def shared_baseline(run: RunFolder) -> Baseline:
