@@ -94,7 +94,11 @@ def bytes_per_row(config: Any, length: int, dtype: torch.dtype) -> int:
 
 @contextlib.contextmanager
 def skipped(blocks: list[nn.Module], residual: Tensor) -> Iterator[None]:
-    """Make blocks pass their input through, and the last of them return `residual`; restored afterwards."""
+    """Make blocks pass their input through, and the last of them return `residual`; restored afterwards.
+
+    The `forward` that a block may have of its own is put back too: models on several devices move their tensors by it.
+    """
+    own = [block.__dict__.get("forward") for block in blocks]
 
     def through(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden
@@ -108,5 +112,7 @@ def skipped(blocks: list[nn.Module], residual: Tensor) -> Iterator[None]:
         blocks[-1].__dict__["forward"] = enter
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, forward in zip(blocks, own, strict=True):
+            del block.__dict__["forward"]
+            if forward is not None:
+                block.__dict__["forward"] = forward
