@@ -48,6 +48,11 @@ class Decoder(Protocol):
     d_vocab: int
     n_blocks: int
     device: torch.device
+    """Where tokens go in and logits come out: the embedding's."""
+    hook_device: torch.device
+    """Where the residual stream at the hook is."""
+    devices: tuple[torch.device, ...]
+    """All that hold weights, each once."""
     dtype: torch.dtype
     shares_prompts: bool
     """Whether `Steps.prompts` can be used."""
@@ -67,6 +72,11 @@ class Decoder(Protocol):
     def upper(self, tokens: Int[Tensor, "rows pos"], residual: Float[Tensor, "rows pos d_model"]) -> Tensor:
         """Logits [rows, pos, d_vocab] of the blocks above the hook, from a given residual stream (identity 2 of the method)."""
         ...
+
+
+def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
+    """The devices that hold a model's weights, in the order of its modules."""
+    return tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
 def find_blocks(model: nn.Module, n_blocks: int) -> list[nn.Module]:

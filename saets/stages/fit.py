@@ -39,7 +39,7 @@ def fit_approximator(session: Session) -> None:
             seed=experiment.seed,
             d_model=first["vector"].to_numpy().shape[1],
             d_sae=first["effect"].to_numpy().shape[1],
-            gpus=experiment.execution.gpus_per_actor,
+            gpus=min(experiment.execution.gpus_per_actor, 1),  # more are for a model spread over them
         )
         advance(rows)
     report = {**report, "rows_own": len(ids[0]), "rows_shipped": rows - len(ids[0])}

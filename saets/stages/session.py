@@ -77,4 +77,4 @@ def effect_settings(experiment: Experiment) -> dict[str, Any]:
 
 def model_settings(experiment: Experiment) -> dict[str, Any]:
     """The settings that say which model it is; where it runs does not matter."""
-    return experiment.model.model_dump(mode="json", exclude_none=True, exclude={"device"})
+    return experiment.model.model_dump(mode="json", exclude_none=True, exclude={"device", "device_map"})
