@@ -65,6 +65,30 @@ class Model(Section):
     """`auto` is bfloat16 on a GPU or a CPU with bfloat16 arithmetic, else float32."""
     device: str = "auto"
     """`auto` is cuda where there is one, else cpu."""
+    device_map: Literal["balanced"] | dict[str, Annotated[int, Field(ge=0)] | Literal["cpu"]] | None = None
+    """Spreads one model over several GPUs of a node: `balanced` over all that an actor is given, or a table from modules to the
+    numbers of its GPUs (`"model.layers.0" = 0`); `execution.gpus_per_actor` says how many those are."""
+
+    @model_validator(mode="after")
+    def _placed_once(self) -> Model:
+        if self.device_map is None:
+            return self
+        if self.device != "auto":
+            raise ValueError(f"model.device is {self.device!r} beside model.device_map; give one of them")
+        if self.loader != "transformers":
+            raise ValueError(f"model.device_map needs model.loader = 'transformers'; a {self.loader} model has one device")
+        places = set() if self.device_map == "balanced" else set(self.device_map.values())
+        if self.device_map == {}:
+            raise ValueError("model.device_map is empty; give each module a place, or leave it out")
+        if "cpu" in places and len(places) > 1:
+            raise ValueError("model.device_map puts modules on GPUs and on the CPU; use GPUs only")
+        if "cpu" not in places and places != set(range(len(places))):
+            raise ValueError(f"model.device_map names GPUs {sorted(places, key=str)}; an actor counts its GPUs 0, 1, and so on")
+        return self
+
+    def gpus_named(self) -> int:
+        """How many GPUs a table `device_map` names; 0 where there is no table."""
+        return len(set(self.device_map.values()) - {"cpu"}) if isinstance(self.device_map, dict) else 0
 
 
 class Sae(Section):
@@ -302,6 +326,7 @@ class Execution(Section):
     actors: int = Field(1, ge=1)
     """Actors, each with its own model and SAE."""
     gpus_per_actor: float = Field(0.0, ge=0)
+    """A whole number above 1 only helps a model with a `device_map`."""
     cpus_per_actor: float = Field(1.0, gt=0)
     rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows decoded together by one actor, rounded to whole vectors; the last batch is filled up. `auto` takes what the free
@@ -325,6 +350,18 @@ class Experiment(Section):
     evaluation: Evaluation = Evaluation()
     judge: JudgeSettings = JudgeSettings()
     execution: Execution = Execution()
+
+    @model_validator(mode="after")
+    def _gpus_for_the_map(self) -> Experiment:
+        gpus, needed = self.execution.gpus_per_actor, self.model.gpus_named()
+        if self.model.device_map == "balanced" and (gpus < 2 or gpus != int(gpus)):
+            raise ValueError(
+                f"model.device_map = 'balanced' spreads a model over the GPUs of its actor, and execution.gpus_per_actor is "
+                f"{gpus:g}; expected 2 or more, a whole number"
+            )
+        if isinstance(self.model.device_map, dict) and gpus != needed:
+            raise ValueError(f"model.device_map names {needed} GPUs, and execution.gpus_per_actor is {gpus:g}; make it {needed}")
+        return self
 
     def to_toml(self) -> str:
         """The resolved experiment as TOML; reading it back gives an equal experiment."""

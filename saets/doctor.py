@@ -64,7 +64,7 @@ def examine(experiment: Experiment) -> Iterator[Finding]:
     yield _judge(experiment)
     bridge = load_model(experiment.model)
     engine = RolloutEngine(bridge, experiment.hook_name, top_k=experiment.effects.top_k)
-    sae = load_sae(experiment.sae, bridge.cfg.d_model, engine.device)
+    sae = load_sae(experiment.sae, bridge.cfg.d_model, engine.hook_device)
     tokens = engine.run(_rows(None), None, LENGTH).tokens.to(engine.device)
     norm = engine.decoder.lower(tokens)[:, 1:].float().norm(dim=-1).median().item()
     patient = Patient(experiment, bridge, bridge.__dict__[PLAIN], engine, sae, 0.2 * norm)
@@ -89,10 +89,11 @@ def _judge(experiment: Experiment) -> Finding:
 
 def _device(patient: Patient) -> Finding:
     engine = patient.engine
-    free = free_bytes(engine.device) / 2**30
+    free = min(free_bytes(device) for device in engine.decoder.devices) / 2**30
     row = engine.decoder.bytes_per_row(patient.experiment.effects.length) / 2**20
     dtype = str(engine.dtype).removeprefix("torch.")
-    detail = f"{engine.device}, {dtype}, {free:.1f} GiB free, {row:.1f} MiB a row; SAE {describe_sae(patient.experiment.sae)}"
+    devices = ", ".join(map(str, engine.decoder.devices))
+    detail = f"{devices}, {dtype}, {free:.1f} GiB free, {row:.1f} MiB a row; SAE {describe_sae(patient.experiment.sae)}"
     return Finding("device", True, detail)
 
 

@@ -73,7 +73,7 @@ class EffectWorker:
         self.experiment = experiment
         self.model = load_model(experiment.model)
         self.engine = RolloutEngine(self.model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
-        self.sae = load_sae(experiment.sae, self.model.cfg.d_model, self.engine.device)
+        self.sae = load_sae(experiment.sae, self.model.cfg.d_model, self.engine.hook_device)
         self.calibrator = Calibrator(
             self.engine.decoder, calibration_tokens(self.model.tokenizer, settings), scale_rule(settings)
         )

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from saets.config import Model, RandomWeights
 from saets.engine.choice import PLAIN
 from saets.engine.machine import cpu_has_bfloat16, free_bytes
 from saets.engine.plain import share_weights
-from saets.errors import InputError
+from saets.errors import InputError, unknown
 from saets.quiet import quiet
 
 HASHED_NUMBERS = 4096
@@ -49,6 +49,25 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device!r}: torch sees no GPU here; use --set model.device=cpu or a machine with a GPU")
     return resolved
+
+
+def model_devices(spec: Model) -> tuple[torch.device, ...]:
+    """The devices that the model is to lie on; more than one where `device_map` says so.
+
+    Raises:
+        InputError: unknown device, or fewer GPUs here than the map needs.
+    """
+    if spec.device_map is None:
+        return (resolve_device(spec.device),)
+    found = torch.cuda.device_count()
+    needed = spec.gpus_named() if isinstance(spec.device_map, dict) else 2
+    if found < needed:
+        raise InputError(
+            f"model.device_map needs {needed} GPUs{' or more' if spec.device_map == 'balanced' else ''}, and torch sees {found} "
+            "here; set execution.gpus_per_actor or CUDA_VISIBLE_DEVICES, or use another machine"
+        )
+    gpus = range(spec.gpus_named() if isinstance(spec.device_map, dict) else found)
+    return tuple(torch.device("cuda", gpu) for gpu in gpus) or (torch.device("cpu"),)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -88,44 +107,70 @@ def load_tokenizer(spec: Model) -> Any:
 
 
 def load_model(spec: Model) -> Any:
-    """The model as a `TransformerBridge`, in evaluation mode, on its device, without gradients.
+    """The model as a `TransformerBridge`, in evaluation mode, on its device or devices, without gradients.
 
     Beside it, as `bridge.plain`, the transformers model it was made from, which shares its weights: the bridge changes modules
     in place, and rollouts run faster without its hooks.
 
+    With a `device_map` every tensor is read straight onto its device, and tensors are moved between devices as blocks are run
+    (accelerate's hooks, which the bridge and the copy both keep). Several GPUs have not been run; on a CPU, a map changes no bit.
+
     Raises:
-        InputError: weights missing (says what to install or download), unknown device, too little memory for the weights.
+        InputError: weights missing (says what to install or download), unknown device, a map that does not fit the model, too
+            little memory for the weights.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    device = resolve_device(spec.device)
-    dtype = resolve_dtype(spec.dtype, device)
-    _check_memory(spec, device, dtype)
+    devices = model_devices(spec)
+    dtype = resolve_dtype(spec.dtype, devices[0])
+    if spec.loader == "transformers":
+        _check_fit(spec, devices, dtype)
     weights = LOADERS[spec.loader](spec, dtype)
     with quiet():
-        model = weights.model.to(device).eval().requires_grad_(False)
+        placed = weights.model if spec.device_map else weights.model.to(devices[0])
+        model = placed.eval().requires_grad_(False)
         plain = share_weights(model)
         bridge: Any = TransformerBridge.boot_transformers(
-            spec.name, hf_model=model, tokenizer=weights.tokenizer, dtype=dtype, device=str(device)
+            spec.name, hf_model=model, tokenizer=weights.tokenizer, dtype=dtype, device=str(devices[0])
         )
     bridge.__dict__[PLAIN] = plain  # not a submodule: it has no weights of its own
     return bridge.eval().requires_grad_(False)
 
 
-def _check_memory(spec: Model, device: torch.device, dtype: torch.dtype) -> None:
-    if spec.loader != "transformers":
-        return
+def _check_fit(spec: Model, devices: Sequence[torch.device], dtype: torch.dtype) -> None:
+    """The map names the model's modules, and the weights fit into the devices' memory; known without reading them."""
     with torch.device("meta"):
-        numbers = sum(
-            p.numel() for p in AutoModelForCausalLM.from_config(_from_hub(AutoConfig.from_pretrained, spec)).parameters()
-        )
-    needed, free = numbers * dtype.itemsize, free_bytes(device)
+        empty = AutoModelForCausalLM.from_config(_from_hub(AutoConfig.from_pretrained, spec))
+    if isinstance(spec.device_map, dict):
+        _check_map(spec.device_map, empty)
+    numbers = sum(p.numel() for p in empty.parameters())
+    needed, free = numbers * dtype.itemsize, sum(free_bytes(device) for device in devices)
     if needed > free:
+        have = f"{devices[0]} has" if len(devices) == 1 else f"{', '.join(map(str, devices))} together have"
+        more = "raise execution.gpus_per_actor" if spec.device_map else "several GPUs (model.device_map = 'balanced')"
         raise InputError(
             f"model {spec.name!r} has {numbers / 1e9:.2f} billion weights, which take {needed / 2**30:.1f} GiB in "
-            f"{str(dtype).removeprefix('torch.')}; {device} has {free / 2**30:.1f} GiB free. Use another device, a smaller "
+            f"{str(dtype).removeprefix('torch.')}; {have} {free / 2**30:.1f} GiB free. Use another device, {more}, a smaller "
             "model.dtype, or fewer actors on one machine"
         )
+
+
+def _check_map(device_map: Mapping[str, int | str], model: torch.nn.Module) -> None:
+    """Every tensor has one place: entries are modules, all weights lie in one, and tied weights are together."""
+    modules = dict(model.named_modules())
+    for key in device_map:
+        if key not in modules:
+            raise unknown("module in model.device_map", key, [name for name in modules if name and name.count(".") < 2])
+    places: dict[int, tuple[str, int | str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        parts = name.split(".")
+        above = (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1))
+        place = next((device_map[key] for key in above if key in device_map), None)
+        if place is None:
+            raise InputError(f'model.device_map has no place for {name}; give one for each module, or one for all under ""')
+        other, there = places.setdefault(id(tensor), (name, place))
+        if place != there:
+            raise InputError(f"model.device_map puts {other} and {name}, which are one tensor, in two places; give them one")
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -182,7 +227,15 @@ def _load_random(spec: Model, dtype: torch.dtype) -> Weights:
 
 
 def _load_transformers(spec: Model, dtype: torch.dtype) -> Weights:
-    return Weights(_from_hub(AutoModelForCausalLM.from_pretrained, spec, dtype=dtype), load_tokenizer(spec))
+    options: dict[str, Any] = {"dtype": dtype}
+    if spec.device_map is not None:
+        options["device_map"] = spec.device_map
+    if spec.device_map == "balanced":
+        options["max_memory"] = {device.index: free_bytes(device) for device in model_devices(spec)}
+    model = _from_hub(AutoModelForCausalLM.from_pretrained, spec, **options)
+    if spec.device_map == "balanced" and "disk" in model.hf_device_map.values():
+        raise InputError(f"model {spec.name!r} does not fit on its GPUs in whole blocks; raise execution.gpus_per_actor")
+    return Weights(model, load_tokenizer(spec))
 
 
 def _load_gguf(spec: Model, dtype: torch.dtype) -> Weights:

@@ -11,6 +11,7 @@ import tomli_w
 from saets.config import Experiment, settings_hash
 from saets.errors import InputError
 from saets.experiment import load_experiment, preset_names
+from saets.stages.session import effect_settings
 from saets.store import RunFolder
 
 OWN = """
@@ -376,3 +377,38 @@ def test_numbers_that_are_none_are_refused() -> None:
 def test_a_source_without_a_kind_is_a_decoder() -> None:
     changed = load_experiment("tiny", ["effects.sources=[{start=3, stop=5}, {kind='random', count=2}]"])
     assert [source.kind for source in changed.effects.sources] == ["decoder", "random"]
+
+
+TABLE = '{"model.embed_tokens"=0,"model.layers"=1,"model.norm"=1,"lm_head"=1}'
+
+
+@pytest.mark.parametrize("where", ['"balanced"', TABLE])
+def test_a_model_spread_over_gpus_is_the_same_model(where: str, tmp_path: Path) -> None:
+    path = own(tmp_path)
+    spread = load_experiment(path, [f"model.device_map={where}", "execution.gpus_per_actor=2"])
+    assert effect_settings(spread) == effect_settings(load_experiment(path))
+    (tmp_path / "experiment.toml").write_text(spread.to_toml())
+    assert load_experiment(tmp_path) == spread
+
+
+@pytest.mark.parametrize(
+    ("where", "gpus", "others", "message"),
+    [
+        ('"balanced"', 1, (), "execution.gpus_per_actor is 1; expected 2 or more, a whole number"),
+        ('"balanced"', 2.5, (), "execution.gpus_per_actor is 2.5; expected 2 or more, a whole number"),
+        (TABLE, 1, (), "model.device_map names 2 GPUs, and execution.gpus_per_actor is 1; make it 2"),
+        ('{""="cpu"}', 1, (), "model.device_map names 0 GPUs, and execution.gpus_per_actor is 1; make it 0"),
+        ('{"model"=0,"lm_head"="cpu"}', 1, (), "on GPUs and on the CPU; use GPUs only"),
+        ('{"model"=0,"lm_head"=2}', 2, (), "names GPUs [0, 2]; an actor counts its GPUs 0, 1, and so on"),
+        ("{}", 0, (), "model.device_map is empty"),
+        (TABLE, 2, ("model.device=cuda",), "model.device is 'cuda' beside model.device_map; give one of them"),
+        (TABLE, 2, ("model.loader=random",), "model.device_map needs model.loader = 'transformers'"),
+        ('"auto"', 2, (), "model.device_map"),
+        ('{"model"="disk"}', 0, (), "model.device_map"),
+    ],
+)
+def test_a_device_map_that_cannot_work_is_refused(
+    where: str, gpus: float, others: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    overrides = [f"model.device_map={where}", f"execution.gpus_per_actor={gpus}", *others]
+    assert message in refusal(own(tmp_path), *overrides)

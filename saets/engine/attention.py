@@ -104,6 +104,7 @@ class RolloutLayer(CacheLayerMixin):
         count, at = len(key_states), self._owner.position
         if self._owner.shared_by is not None:
             rows, of = self._owner.shared_by
+            of = of.to(key_states.device)
             self.keys[rows, :, : key_states.shape[2]] = key_states[of]
             self.values[rows, :, : key_states.shape[2]] = value_states[of]
             return key_states, value_states

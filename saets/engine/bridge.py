@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from saets.engine.decoder import Step, bytes_per_row, skipped
+from saets.engine.decoder import Step, bytes_per_row, devices_of, skipped
 from saets.errors import InputError, unknown
 from saets.hooks import blocks_below, layer_of
 from saets.shapes import Float, Int
@@ -26,8 +26,9 @@ class BridgeDecoder:
         check_hook(bridge, hook_name)
         self.bridge, self.hook_name = bridge, hook_name
         first = next(bridge.original_model.parameters())
-        self.device, self.dtype = first.device, first.dtype
+        self.device, self.dtype, self.devices = first.device, first.dtype, devices_of(bridge.original_model)
         self.d_model, self.d_vocab, self.n_blocks = bridge.cfg.d_model, bridge.cfg.d_vocab, bridge.cfg.n_layers
+        self.hook_device = self.lower(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).device
 
     def bytes_per_row(self, length: int) -> int:
         return 2 * bytes_per_row(self.bridge.original_model.config, length, self.dtype)  # the growing cache is copied
@@ -68,7 +69,7 @@ class _BridgeSteps:
         """The forward hook on the residual stream."""
         assert self._added is not None
         self._residual = residual
-        return residual + self._added[:, None, :]
+        return residual + self._added[:, None, :].to(residual.device)
 
     def prompts(self, tokens: Tensor, added: Tensor, rows: slice, of: Tensor) -> Tensor:
         raise RuntimeError("a bridge reads every row from BOS; see Decoder.shares_prompts")

@@ -107,8 +107,9 @@ class Calibrator:
         jobs = torch.arange(len(steered) * chunks, device=self.decoder.device)
         for part in jobs.split(self._rows):
             filled = torch.cat([part, part[-1:].expand(self._rows - len(part))])
-            tokens, which = self._tokens[filled % chunks], filled // chunks
-            logits = self.decoder.upper(tokens[:, :-1], self._residual[filled % chunks] + added[which, None])
+            tokens, at_hook = self._tokens[filled % chunks], filled.to(self._residual.device)
+            residual = self._residual[at_hook % chunks] + added[at_hook // chunks, None]
+            logits = self.decoder.upper(tokens[:, :-1], residual)
             sums.append(token_losses(logits, tokens[:, 1:]).double().sum(dim=1)[: len(part)])
         per_vector = torch.cat(sums).view(len(steered), chunks).sum(dim=1)
         return (per_vector / self._tokens[:, 1:].numel()).tolist()

@@ -48,6 +48,11 @@ class Decoder(Protocol):
     d_vocab: int
     n_blocks: int
     device: torch.device
+    """Where tokens go in and logits come out: the embedding's."""
+    hook_device: torch.device
+    """Where the residual stream at the hook is."""
+    devices: tuple[torch.device, ...]
+    """All that hold weights, each once."""
     dtype: torch.dtype
     shares_prompts: bool
     """Whether `Steps.prompts` can be used."""
@@ -67,6 +72,11 @@ class Decoder(Protocol):
     def upper(self, tokens: Int[Tensor, "rows pos"], residual: Float[Tensor, "rows pos d_model"]) -> Tensor:
         """Logits [rows, pos, d_vocab] of the blocks above the hook, from a given residual stream (identity 2 of the method)."""
         ...
+
+
+def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
+    """The devices that hold a model's weights, in the order of its modules."""
+    return tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
 def find_blocks(model: nn.Module, n_blocks: int) -> list[nn.Module]:
@@ -94,7 +104,11 @@ def bytes_per_row(config: Any, length: int, dtype: torch.dtype) -> int:
 
 @contextlib.contextmanager
 def skipped(blocks: list[nn.Module], residual: Tensor) -> Iterator[None]:
-    """Make blocks pass their input through, and the last of them return `residual`; restored afterwards."""
+    """Make blocks pass their input through, and the last of them return `residual`; restored afterwards.
+
+    The `forward` that a block may have of its own is put back too: models on several devices move their tensors by it.
+    """
+    own = [block.__dict__.get("forward") for block in blocks]
 
     def through(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden
@@ -108,5 +122,7 @@ def skipped(blocks: list[nn.Module], residual: Tensor) -> Iterator[None]:
         blocks[-1].__dict__["forward"] = enter
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, forward in zip(blocks, own, strict=True):
+            del block.__dict__["forward"]
+            if forward is not None:
+                block.__dict__["forward"] = forward

@@ -24,10 +24,13 @@ def most_rows(device_type: str) -> int:
 
 
 def rows_that_fit(decoder: Decoder, length: int, d_sae: int, *, share: float = 1.0) -> int:
-    """Rows a step that the free memory of the model's device holds, at least one; `share` is this process's part of it."""
+    """Rows a step that the free memory of the model's device holds, at least one; `share` is this process's part of it.
+
+    Of several devices the fullest decides, as though it had to hold all of a row.
+    """
     activations = 3 * 4 * d_sae
     needed = decoder.bytes_per_row(length) + activations
-    fit = int(free_bytes(decoder.device) * SHARE * share // needed)
+    fit = int(min(free_bytes(device) for device in decoder.devices) * SHARE * share // needed)
     return max(1, min(fit, most_rows(decoder.device.type)))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saets.engine.attention import KERNEL, RolloutCache
-from saets.engine.decoder import Step, Unsupported, bytes_per_row, find_blocks, skipped
+from saets.engine.decoder import Step, Unsupported, bytes_per_row, devices_of, find_blocks, skipped
 from saets.errors import unknown
 from saets.hooks import blocks_below, layer_of
 from saets.shapes import Float, Int
@@ -25,13 +25,19 @@ HALF_LOGITS = 0.1
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model of the same weights: modules and config are copied, tensors are not."""
+    """A second model of the same weights: modules and config are copied, tensors are not.
+
+    The copy of a model on several devices moves its tensors between them by itself, as the original does.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 class PlainDecoder:
-    """A transformers causal language model, run by its own code."""
+    """A transformers causal language model, run by its own code.
+
+    Its blocks may lie on several devices (tried on pretended ones; several GPUs have not been run).
+    """
 
     shares_prompts = True
 
@@ -45,7 +51,7 @@ class PlainDecoder:
         self.model = model
         config = model.config.get_text_config()
         self.d_model, self.d_vocab, self.n_blocks = config.hidden_size, config.vocab_size, config.num_hidden_layers
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype, self.devices = model.device, model.dtype, devices_of(model)
         self._below = blocks_below(hook_name)
         if layer_of(hook_name) >= self.n_blocks:
             raise unknown("hook name", hook_name, (f"blocks.{i}.hook_resid_post" for i in range(self.n_blocks)))
@@ -54,7 +60,7 @@ class PlainDecoder:
             raise Unsupported("the hook lies before the first block")
         self._hooked = self._blocks[self._below - 1]
         self._cache: RolloutCache | None = None
-        self._probe()
+        self.hook_device = self._probe()
 
     def bytes_per_row(self, length: int) -> int:
         return bytes_per_row(self.model.config, length, self.dtype)
@@ -94,8 +100,8 @@ class PlainDecoder:
         return logits
 
     @torch.no_grad()
-    def _probe(self) -> None:
-        """Compare logits with the model's own attention on a few tokens, step by step and all at once."""
+    def _probe(self) -> torch.device:
+        """Compare logits with the model's own attention on a few tokens, step by step and all at once; the hook's device."""
         tokens = (torch.arange(2 * 6, device=self.device).view(2, 6) * 7 + 1) % self.d_vocab
         expected = self.model(tokens, use_cache=False).logits[:, -1].float()
         added = torch.zeros(2, self.d_model, device=self.device, dtype=self.dtype)
@@ -104,7 +110,8 @@ class PlainDecoder:
                 running.prompts(tokens[:, :3], added, slice(0, 2), torch.arange(2, device=self.device))
                 for position in range(3, 6):
                     found = running.step(tokens[:, position], position, added, last=False)
-            upper = self.upper(tokens, self.lower(tokens))[:, -1]
+            residual = self.lower(tokens)
+            upper = self.upper(tokens, residual)[:, -1]
         except torch.OutOfMemoryError:
             raise
         except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
@@ -115,6 +122,7 @@ class PlainDecoder:
         off = max((logits.float() - expected).square().mean().sqrt().item() for logits in (found.logits, upper))
         if not off <= LOGIT_TOLERANCE.get(self.dtype, HALF_LOGITS) * expected.std().item():
             raise Unsupported(f"the rollout attention gives {type(self.model).__name__} logits that differ by {off:.3g}")
+        return residual.device
 
 
 class _PlainSteps:
@@ -133,7 +141,7 @@ class _PlainSteps:
             raise _Caught(hidden)
         assert self._added is not None
         self._residual = hidden
-        steered = hidden + self._added[:, None, :]
+        steered = hidden + self._added[:, None, :].to(hidden.device)
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     @torch.no_grad()

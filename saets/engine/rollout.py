@@ -34,7 +34,7 @@ class Rollouts(NamedTuple):
     tokens: Int[Tensor, "rows length"]
     """Token ids on the CPU, BOS and prompt included."""
     sums: Float[Tensor, "rows features"] | None
-    """Encoded residuals summed over the generated positions, on the model's device; None without an encoder."""
+    """Encoded residuals summed over the generated positions, on the encoder's device; None without an encoder."""
 
 
 class RolloutEngine:
@@ -54,7 +54,10 @@ class RolloutEngine:
         self.tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         self.hook_name, self.top_k, self.temperature = hook_name, top_k, temperature
         self.device, self.dtype = self.decoder.device, self.decoder.dtype
-        self._graphs = StepGraphs() if self.device.type == "cuda" and self.decoder.shares_prompts else None
+        self.hook_device = self.decoder.hook_device
+        """Where `encode` gets the residual stream: an SAE belongs there."""
+        graphs = self.device.type == "cuda" and len(self.decoder.devices) == 1 and self.decoder.shares_prompts
+        self._graphs = StepGraphs() if graphs else None
 
     @torch.no_grad()
     def run(
@@ -92,7 +95,8 @@ class RolloutEngine:
                     advance()
                 else:
                     self._graphs.run(position, advance)
-        return Rollouts(batch.tokens[batch.back].cpu(), None if batch.sums is None else batch.sums[batch.back])
+        sums = None if batch.sums is None else batch.sums[batch.back.to(batch.sums.device)]
+        return Rollouts(batch.tokens[batch.back].cpu(), sums)
 
     def _advance(self, batch: Batch, steps: Steps, position: int, encode: Encode | None) -> None:
         """Read the tokens at one position and draw the next ones; runs on the device without waiting for it."""

@@ -37,7 +37,7 @@ def fit_approximator(session: Session) -> None:
             experiment.fit,
             session.cluster,
             seed=experiment.seed,
-            gpus=experiment.execution.gpus_per_actor,
+            gpus=min(experiment.execution.gpus_per_actor, 1),  # more are for a model spread over them
         )
         advance(rows)
     report = {**report, "rows_own": len(ids[0]), "rows_shipped": rows - len(ids[0])}

@@ -13,7 +13,7 @@ from saets.engine.attention import rollout_attention
 from saets.engine.batch import Row
 from saets.engine.bridge import BridgeDecoder
 from saets.engine.choice import decoder_for
-from saets.engine.decoder import Unsupported, find_blocks
+from saets.engine.decoder import Unsupported, find_blocks, skipped
 from saets.engine.plain import PlainDecoder, share_weights
 from saets.engine.reference import steered
 from saets.engine.rollout import RolloutEngine
@@ -102,6 +102,15 @@ def test_a_model_whose_attention_is_not_computed_here_goes_through_the_bridge(ti
     assert isinstance(decoder_for(tiny, HOOK), BridgeDecoder)
     with pytest.raises(InputError, match=r"LlamaForCausalLM cannot be steered as it is .* load it with saets.load_model"):
         decoder_for(tiny.plain, HOOK)
+
+
+def test_passing_blocks_by_leaves_them_the_forward_they_have_of_their_own() -> None:
+    blocks: list[nn.Module] = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    own = blocks[0].__dict__["forward"] = lambda hidden: hidden + 1
+    with skipped(blocks, torch.ones(2)):
+        assert torch.equal(blocks[1](blocks[0](torch.zeros(2))), torch.ones(2))
+    assert blocks[0].__dict__["forward"] is own
+    assert "forward" not in blocks[1].__dict__
 
 
 def test_blocks_are_the_models_one_long_list(tiny: Any) -> None:
