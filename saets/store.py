@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 5.0
 """Rows wait at most this long before they are written."""
 
-MOST_WAITING = 1024
-"""Nor do more rows than this wait: with 131,072 features they take half a GiB."""
+MOST_WAITING = 256
+"""Nor do more rows than this wait: with 131,072 features they take 128 MiB."""
 
 REPLACES = b"saets.replaces"
 """Key in a shard's metadata: names of the shards whose rows it holds."""

@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
     """Batches answered at once."""
 
 
-FULL = Sizes(512, 32, 20, 1000, 1.0, (1, 2, 4, 8, 16, 32), 12, 200)
+FULL = Sizes(512, 32, 20, 4000, 1.0, (1, 2, 4, 8, 16, 32), 12, 200)
 QUICK = Sizes(32, 4, 4, 64, 0.05, (1, 2), 3, 8)
 VECTORS_A_BATCH = 32
 
