@@ -99,6 +99,9 @@ def idle_actor(d_sae: int, sleep: float) -> type[Any]:
             import numpy as np
             import pyarrow as pa
 
+            none = pa.nulls(1, pa.large_binary())
+            if not batch.column("items")[0].is_valid:
+                return pa.table({"measured": none, "failed": none, "worker": [""], "error": batch.column("error")})
             items = pa.ipc.open_stream(batch.column("items")[0].as_buffer()).read_all()
             time.sleep(self.sleep)
             zeros = pa.array(np.zeros(items.num_rows))
@@ -113,7 +116,7 @@ def idle_actor(d_sae: int, sleep: float) -> type[Any]:
             with pa.ipc.new_stream(sink, items.schema) as stream:
                 stream.write_table(items)
             measured = pa.array([sink.getvalue().to_pybytes()], pa.large_binary())
-            return pa.table({"measured": measured, "failed": pa.nulls(1, pa.large_binary()), "worker": ["{}"]})
+            return pa.table({"measured": measured, "failed": none, "worker": ["{}"], "error": pa.nulls(1, pa.string())})
 
     return Idle
 

@@ -8,6 +8,7 @@ need n slots.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -56,6 +57,8 @@ class EffectActor:
         self.facts = describe(self.worker)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if not batch.column("items")[0].is_valid:  # the end of the vectors, passed on to the driver
+            return _END.append_column("error", batch.column("error"))
         results = self.measure(items_of(_unpacked(batch, "items")))
         self.facts["rows_per_step"] = self.worker.rows
         measured = [result for result in results if isinstance(result, Measurement)]
@@ -70,6 +73,7 @@ class EffectActor:
                 "measured": pa.array([_packed(measurement_rows(measured)) if measured else None], pa.large_binary()),
                 "failed": pa.array([_packed(reasons) if reasons else None], pa.large_binary()),
                 "worker": [json.dumps(self.facts, sort_keys=True)],
+                "error": pa.nulls(1, pa.string()),
             }
         )
 
@@ -77,8 +81,6 @@ class EffectActor:
         """Where a batch raises, each item by itself, so that the one to blame fails alone."""
         try:
             return self.worker.measure(items)
-        except InputError:
-            raise
         except Exception as error:
             if "CUDA" in str(error):  # this process cannot go on
                 logger.exception("the GPU process ends and is started again")
@@ -87,6 +89,8 @@ class EffectActor:
                 return [Failure(items[0], f"{type(error).__name__}: {error}".splitlines()[0])]
             return [result for item in items for result in self.measure([item])]
 
+
+_END = pa.table({"measured": pa.nulls(1, pa.large_binary()), "failed": pa.nulls(1, pa.large_binary()), "worker": [""]})
 
 Batch = tuple[list[Measurement | Failure], dict[str, Any] | None]
 """Results, and the `describe` of the worker that made them; None where no worker lived to tell."""
@@ -108,7 +112,7 @@ def measure(
     its neighbours nothing, and becomes a `Failure`.
 
     Raises:
-        InputError: what a worker found wrong with the experiment when it loaded.
+        InputError: what a worker found wrong with the experiment when it loaded, or sources that can no longer be read.
     """
     cluster.connect()
     for size in (vectors_per_batch(experiment), 1):
@@ -148,13 +152,24 @@ def _one_pass(
             max_restarts=RESTARTS,
             max_task_retries=TASK_RETRIES,
         )
+    ended = False
     try:
         block: Any
         for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for batch in block.to_batches(max_chunksize=1):
-                yield _results(pa.Table.from_batches([batch])), json.loads(batch.column("worker")[0].as_py())
+                if worker := batch.column("worker")[0].as_py():
+                    yield _results(pa.Table.from_batches([batch])), json.loads(worker)
+                else:
+                    ended, reason = True, batch.column("error")[0].as_py()
+                    if reason is not None:
+                        raise InputError(f"the vectors could not be made: {reason}")
     except ray.exceptions.RayError as error:
         raise input_error(error) or error from error
+    if not ended and len(pending):
+        raise InputError(
+            f"the process that makes the vectors ended before the last {len(pending)}; run the same command again: everything "
+            "written so far is kept"
+        )
 
 
 class Batches(ray.data.Datasource):
@@ -182,18 +197,19 @@ class Batches(ray.data.Datasource):
 
 
 def _batch_rows(pending: Iterable[VectorItem], size: int) -> Iterator[pa.Table]:
-    batch: list[VectorItem] = []
-    for item in pending:
-        batch.append(item)
-        if len(batch) == size:
+    """The batches, and a last row without items: Ray drops a task that fails, and with it would go all vectors to come."""
+    reason = None
+    try:
+        items = iter(pending)
+        while batch := list(itertools.islice(items, size)):
             yield _batch_row(batch)
-            batch = []
-    if batch:
-        yield _batch_row(batch)
+    except Exception as error:
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    yield pa.table({"items": pa.nulls(1, pa.large_binary()), "error": pa.array([reason], pa.string())})
 
 
 def _batch_row(items: Sequence[VectorItem]) -> pa.Table:
-    return pa.table({"items": pa.array([_packed(item_rows(items))], pa.large_binary())})
+    return pa.table({"items": pa.array([_packed(item_rows(items))], pa.large_binary()), "error": pa.nulls(1, pa.string())})
 
 
 def _packed(table: pa.Table) -> bytes:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from saets.config import Experiment
 from saets.distributed.cluster import Cluster
 from saets.distributed.effects import EffectActor, measure
 from saets.effects import EffectWorker, Failure, Measurement, baseline_items
+from saets.errors import InputError
 from saets.experiment import load_experiment
 from saets.pending import Pending
 from saets.records import VectorItem
@@ -124,3 +127,15 @@ def test_a_worker_process_killed_in_the_middle_of_its_work_costs_no_row(
         assert isinstance(result, Measurement)
         assert isinstance(one, Measurement)
         assert np.array_equal(result.mean, one.mean)
+
+
+def test_sources_that_can_no_longer_be_read_end_the_stage_with_the_reason(
+    cluster: Cluster, experiment: Experiment, tmp_path: Path
+) -> None:
+    vectors = tmp_path / "vectors.safetensors"
+    save_file({"v": torch.randn(3, 32)}, vectors)
+    changed = load_experiment("tiny", ["model.device=cpu", f"effects.sources=[{{kind='file', path='{vectors}'}}]"])
+    pending = without_baseline(changed)
+    vectors.unlink()
+    with pytest.raises(InputError, match=r"the vectors could not be made: effects.sources names .*vectors.safetensors"):
+        list(measure(pending, changed, cluster))
