@@ -44,9 +44,11 @@ class Cluster:
         level = logging.INFO if self.verbose else logging.ERROR
         options: dict[str, Any] = {"log_to_driver": self.verbose, "logging_level": level}
         if "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ:
+            cpus = max(4, os.cpu_count() or 1) + SPARE_CPUS
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(cpus))  # else it warns of four processes a core
             options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-            options |= {"num_cpus": max(4, os.cpu_count() or 1) + SPARE_CPUS}
+            options |= {"num_cpus": cpus}
         with contextlib.nullcontext() if self.verbose else _without_ray_core_logs():
             ray.init(**options)
         self._started = True
