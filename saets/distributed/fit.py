@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from saets.approximator import EffectApproximator, Moments, RidgePath, choose_pe
 from saets.config import Fit
 from saets.distributed.cluster import Cluster, input_error
 from saets.errors import InputError
+from saets.held_out import HeldOutScores, is_held_out
 
 BATCH_ROWS = 512
 
@@ -33,7 +33,7 @@ class FitResult(NamedTuple):
 
 
 def fit(tables: Iterable[pa.Table], settings: Fit, cluster: Cluster, *, seed: int, gpus: float = 0.0) -> FitResult:
-    """Fit the rows of tables with columns `vector_id`, `vector` and `effect`, which go to Ray one after the other.
+    """Fit the rows of tables with columns `vector_id`, `vector`, `effect` and `standard_error`, which go to Ray one by one.
 
     A row is held out by a hash of the seed and its vector_id, so the split does not depend on order, shards or workers. The
     penalty of least held-out error is then used on all rows together.
@@ -69,29 +69,20 @@ def fit(tables: Iterable[pa.Table], settings: Fit, cluster: Cluster, *, seed: in
     return FitResult(EffectApproximator(torch.from_numpy(M), torch.from_numpy(b)), report)
 
 
-def is_held_out(vector_ids: Sequence[str], seed: int, share: float) -> np.ndarray:
-    """Which rows are held out: a pure function of seed and vector_id, True for about `share` of them."""
-
-    def draw(vector_id: str) -> float:
-        digest = hashlib.blake2b(f"{seed}:{vector_id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") / 2**64
-
-    return np.array([draw(vector_id) < share for vector_id in vector_ids], dtype=bool)
-
-
 def _train(config: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, np.ndarray] | None:
     """One worker: moments of its shard, all-reduced; then every worker solves and scores its own held-out rows."""
     settings = Fit.model_validate_json(config["settings"])
     shard = ray.train.get_dataset_shard("train")
     device = ray.train.torch.get_device() if torch.cuda.is_available() and settings.workers else torch.device("cpu")
     sets = {held: Moments(config["d_model"], config["d_sae"], device) for held in (False, True)}
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for batch in shard.iter_batches(batch_size=BATCH_ROWS, batch_format="numpy"):
         vectors, effects = (torch.from_numpy(np.stack(list(batch[name]))).to(device) for name in ("vector", "effect"))
         held_rows = torch.from_numpy(is_held_out(list(batch["vector_id"]), config["seed"], settings.held_out)).to(device)
         for held, moments in sets.items():
             moments.add(vectors[held_rows == held], effects[held_rows == held])
-        kept.append((vectors[held_rows].float(), effects[held_rows].float()))
+        errors = torch.from_numpy(np.array(batch["standard_error"], np.float64)).to(device)
+        kept.append((vectors[held_rows].float(), effects[held_rows].float(), errors[held_rows]))
     train, held_out = sets[False], sets[True]
     for moments in (train, held_out):
         _sum_over_workers(moments.tensors())
@@ -99,17 +90,19 @@ def _train(config: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, np.ndarr
         raise InputError(
             f"{int(train.n.item())} rows to fit and {int(held_out.n.item())} held out; measure more vectors or raise fit.held_out"
         )
-    penalty, errors = choose_penalty(train, held_out, settings.penalties)
-    scores = _score(RidgePath(train).fit(penalty), kept, train.y / train.n, device)
-    _sum_over_workers([scores])
+    penalty, mse_by_penalty = choose_penalty(train, held_out, settings.penalties)
+    approximator, scores = RidgePath(train).fit(penalty), HeldOutScores(train, held_out)
+    for rows in kept:
+        scores.add(approximator, *rows)
+    _sum_over_workers(scores.tensors())
     final = RidgePath(train + held_out).fit(penalty)
-    held_out_report = _report(scores, held_out, train)
+    held_out_report = scores.report()
     report = {
         "solver": "ridge",
         "rows_train": int(train.n.item()),
         "rows_held_out": int(held_out.n.item()),
         "penalty": penalty,
-        "held_out_mse_by_penalty": errors,
+        "held_out_mse_by_penalty": mse_by_penalty,
         "workers": settings.workers,
         "held_out": held_out_report,
     }
@@ -122,33 +115,3 @@ def _sum_over_workers(tensors: Sequence[torch.Tensor]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
-
-
-def _score(
-    approximator: EffectApproximator,
-    kept: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    mean_effect: torch.Tensor,
-    device: torch.device,
-) -> torch.Tensor:
-    """Over this worker's held-out rows: squared error, sum of cosines, and sum of cosines of the mean effect."""
-    scores = torch.zeros(3, dtype=torch.float64, device=device)
-    for vectors, effects in kept:
-        predicted = approximator.predict(vectors)
-        scores[0] += (predicted - effects).double().square().sum()
-        scores[1] += torch.nn.functional.cosine_similarity(predicted, effects, dim=-1).double().sum()
-        scores[2] += torch.nn.functional.cosine_similarity(mean_effect.float()[None], effects, dim=-1).double().sum()
-    return scores
-
-
-def _report(scores: torch.Tensor, held_out: Moments, train: Moments) -> dict[str, float]:
-    """Held-out figures beside those of two trivial predictors; R2 is against the training rows' mean effect."""
-    entries = held_out.n.item() * held_out.y.numel()
-    around_mean = held_out.centred(train.x / train.n, train.y / train.n)[2].item()
-    return {
-        "mse": scores[0].item() / entries,
-        "r2": 1 - scores[0].item() / around_mean,
-        "cosine": scores[1].item() / held_out.n.item(),
-        "mse_mean_effect": around_mean / entries,
-        "cosine_mean_effect": scores[2].item() / held_out.n.item(),
-        "mse_zero": held_out.yy.item() / entries,
-    }

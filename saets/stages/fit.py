@@ -48,11 +48,11 @@ def fit_approximator(session: Session) -> None:
 
 
 def measured_rows(tables: Sequence[Table]) -> Iterator[pa.Table]:
-    """Vectors and effects, a shard at a time, newest first and each vector once."""
+    """Vectors, effects and their standard errors, a shard at a time, newest first and each vector once."""
     seen: set[str] = set()
     for table in tables:
         for shard in reversed(table.shards()):
-            rows = read_shard(shard, ["vector_id", "vector", "effect"])
+            rows = read_shard(shard, ["vector_id", "vector", "effect", "standard_error"])
             fresh = pc.invert(pc.is_in(rows["vector_id"], pa.array(list(seen), pa.string())))
             seen |= set(rows["vector_id"].to_pylist())
             yield rows.filter(fresh)
