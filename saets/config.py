@@ -263,6 +263,8 @@ class Fit(Section):
     """Ridge penalties tried, as multiples of the mean eigenvalue of the vectors' centred Gram matrix."""
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the rows, drawn at random by seed, that chooses the penalty and is reported."""
+    capped_weight: float = Field(1.0, ge=0, le=1)
+    """Weight of a vector whose calibration reached the grid's end (`capped`), beside 1 for the others; 0 leaves it out."""
     workers: int = Field(0, ge=0)
     """Ray Train workers; 0 fits in the driver's own process."""
 

@@ -48,16 +48,20 @@ class HeldOutScores:
         vectors: Float[Tensor, "rows d_model"],
         effects: Float[Tensor, "rows d_sae"],
         standard_errors: Float[Tensor, " rows"],
+        weights: Float[Tensor, " rows"],
     ) -> None:
-        """Score rows; a standard error is the root mean square over features of one row's, NaN where it is not known."""
+        """Score rows, each as often as its weight says.
+
+        A standard error is the root mean square over features of one row's, NaN where it is not known.
+        """
         predicted = approximator.predict(vectors)
-        cosine = torch.nn.functional.cosine_similarity
-        self._sums[0] += cosine(predicted, effects, dim=-1).double().sum()
-        self._sums[1] += cosine(self._mean.float()[None], effects, dim=-1).double().sum()
-        self._sums[2] += standard_errors.double().square().sum()
+        cosine, weight = torch.nn.functional.cosine_similarity, weights.double()
+        self._sums[0] += weight @ cosine(predicted, effects, dim=-1).double()
+        self._sums[1] += weight @ cosine(self._mean.float()[None], effects, dim=-1).double()
+        self._sums[2] += weight @ standard_errors.double().square()
         y = effects.double()
         for i, difference in enumerate(((predicted - effects).double(), y - self._mean, y - self._own_mean, y)):
-            self._features[i] += difference.square().sum(0)
+            self._features[i] += weight @ difference.square()
 
     def report(self) -> dict[str, Any]:
         """Figures of the fit beside those of two trivial predictors, and what the measurement's noise leaves.

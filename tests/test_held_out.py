@@ -28,10 +28,11 @@ class Split:
         self.train.add(self.X_train, self.Y_train)
         self.held_out.add(self.X, self.Y)
         self.errors = torch.linspace(0.1, 0.5, held_out, dtype=torch.float64)
+        self.weights = torch.ones(held_out, dtype=torch.float64)
 
     def scores(self, approximator: EffectApproximator, rows: slice = slice(None)) -> HeldOutScores:
         scores = HeldOutScores(self.train, self.held_out)
-        scores.add(approximator, self.X[rows], self.Y[rows], self.errors[rows])
+        scores.add(approximator, self.X[rows], self.Y[rows], self.errors[rows], self.weights[rows])
         return scores
 
 
@@ -80,6 +81,22 @@ def test_with_many_rows_the_fit_comes_down_to_the_noise_and_r2_up_to_its_ceiling
     report = split.scores(RidgePath(split.train).fit(0.0)).report()
     assert report["noise_share"] == pytest.approx(1, abs=0.05)
     assert report["r2"] == pytest.approx(report["r2_ceiling"], abs=0.02)
+
+
+def test_a_row_of_weight_two_is_scored_as_two_rows() -> None:
+    split = Split()
+    approximator = RidgePath(split.train).fit(0.1)
+    split.weights[3] = 2
+    split.held_out = Moments(D_MODEL, D_SAE)
+    split.held_out.add(split.X, split.Y, split.weights)
+    weighted = split.scores(approximator).report()
+    twice = torch.tensor([*range(17), 3])
+    split.X, split.Y, split.errors, split.weights = split.X[twice], split.Y[twice], split.errors[twice], torch.ones(18)
+    split.held_out = Moments(D_MODEL, D_SAE)
+    split.held_out.add(split.X, split.Y)
+    repeated = split.scores(approximator).report()
+    assert weighted.pop("feature_r2") == pytest.approx(repeated.pop("feature_r2"))
+    assert weighted == pytest.approx(repeated)
 
 
 def test_a_standard_error_that_is_not_known_leaves_the_noise_out_and_the_rest_in() -> None:

@@ -33,7 +33,9 @@ class FitResult(NamedTuple):
 
 
 def fit(tables: Iterable[pa.Table], settings: Fit, cluster: Cluster, *, seed: int, gpus: float = 0.0) -> FitResult:
-    """Fit the rows of tables with columns `vector_id`, `vector`, `effect` and `standard_error`, which go to Ray one by one.
+    """Fit the rows of tables, which go to Ray one after the other.
+
+    Their columns are `vector_id`, `vector`, `effect`, `standard_error` and `calibration`.
 
     A row is held out by a hash of the seed and its vector_id, so the split does not depend on order, shards or workers. The
     penalty of least held-out error is then used on all rows together.
@@ -75,21 +77,23 @@ def _train(config: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, np.ndarr
     shard = ray.train.get_dataset_shard("train")
     device = ray.train.torch.get_device() if torch.cuda.is_available() and settings.workers else torch.device("cpu")
     sets = {held: Moments(config["d_model"], config["d_sae"], device) for held in (False, True)}
-    kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    capped = torch.zeros(1, dtype=torch.float64, device=device)
     for batch in shard.iter_batches(batch_size=BATCH_ROWS, batch_format="numpy"):
         vectors, effects = (torch.from_numpy(np.stack(list(batch[name]))).to(device) for name in ("vector", "effect"))
         held_rows = torch.from_numpy(is_held_out(list(batch["vector_id"]), config["seed"], settings.held_out)).to(device)
+        of_grid_end = np.array(batch["calibration"]) == "capped"
+        capped += of_grid_end.sum()
+        weights = torch.from_numpy(np.where(of_grid_end, settings.capped_weight, 1.0)).to(device)
         for held, moments in sets.items():
-            moments.add(vectors[held_rows == held], effects[held_rows == held])
+            moments.add(vectors[held_rows == held], effects[held_rows == held], weights[held_rows == held])
         errors = torch.from_numpy(np.array(batch["standard_error"], np.float64)).to(device)
-        kept.append((vectors[held_rows].float(), effects[held_rows].float(), errors[held_rows]))
+        scored = held_rows & (weights > 0)
+        kept.append((vectors[scored].float(), effects[scored].float(), errors[scored], weights[scored]))
     train, held_out = sets[False], sets[True]
-    for moments in (train, held_out):
-        _sum_over_workers(moments.tensors())
-    if held_out.n.item() < 1 or train.n.item() < 2:
-        raise InputError(
-            f"{int(train.n.item())} rows to fit and {int(held_out.n.item())} held out; measure more vectors or raise fit.held_out"
-        )
+    _sum_over_workers([*train.tensors(), *held_out.tensors(), capped])
+    if held_out.rows.item() < 1 or train.rows.item() < 2:
+        raise InputError(_too_few(train, held_out, int(capped.item()), settings))
     penalty, mse_by_penalty = choose_penalty(train, held_out, settings.penalties)
     approximator, scores = RidgePath(train).fit(penalty), HeldOutScores(train, held_out)
     for rows in kept:
@@ -99,8 +103,10 @@ def _train(config: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, np.ndarr
     held_out_report = scores.report()
     report = {
         "solver": "ridge",
-        "rows_train": int(train.n.item()),
-        "rows_held_out": int(held_out.n.item()),
+        "rows_train": int(train.rows.item()),
+        "rows_held_out": int(held_out.rows.item()),
+        "rows_capped": int(capped.item()),
+        "capped_weight": settings.capped_weight,
         "penalty": penalty,
         "held_out_mse_by_penalty": mse_by_penalty,
         "workers": settings.workers,
@@ -115,3 +121,12 @@ def _sum_over_workers(tensors: Sequence[torch.Tensor]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
+
+
+def _too_few(train: Moments, held_out: Moments, capped: int, settings: Fit) -> str:
+    left_out = f"; fit.capped_weight = 0 leaves out {capped} capped ones" if capped and not settings.capped_weight else ""
+    return (
+        f"{int(train.rows.item())} rows to fit and {int(held_out.rows.item())} held out, of which at least 2 and 1 are "
+        f"needed{left_out}; measure more vectors or raise fit.held_out. The penalty makes up for fewer rows than the "
+        f"{len(train.x)} dimensions of a vector, but it is chosen on held-out rows"
+    )
