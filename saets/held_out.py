@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saets.approximator import EffectApproximator, Moments
+from saets.approximator import EffectApproximator
 from saets.shapes import Float
 
 
@@ -31,12 +31,11 @@ class HeldOutScores:
     Every worker scores its own rows; adding up `tensors()` over workers gives the scores of all.
     """
 
-    def __init__(self, train: Moments, held_out: Moments) -> None:
-        self._held_out = held_out
-        self._mean, self._own_mean = train.y / train.n, held_out.y / held_out.n
-        self._around_mean = held_out.centred(train.x / train.n, self._mean)[2].item()
-        self._sums = self._mean.new_zeros(3)  # cosines of the fit, of the mean effect; squared standard errors
-        self._features = self._mean.new_zeros(4, len(self._mean))  # squares: errors, about both means, about zero
+    def __init__(self, mean_effect: Float[Tensor, " d_sae"], held_out_mean: Float[Tensor, " d_sae"]) -> None:
+        """`mean_effect` is that of all training rows, `held_out_mean` that of all rows held out, both in float64."""
+        self._mean, self._own_mean = mean_effect, held_out_mean
+        self._sums = mean_effect.new_zeros(4)  # weights; cosines of the fit, of the mean effect; squared standard errors
+        self._features = mean_effect.new_zeros(4, len(mean_effect))  # squares: errors, about both means, about zero
 
     def tensors(self) -> list[Tensor]:
         """The sums themselves, to be added up in place."""
@@ -56,9 +55,10 @@ class HeldOutScores:
         """
         predicted = approximator.predict(vectors)
         cosine, weight = torch.nn.functional.cosine_similarity, weights.double()
-        self._sums[0] += weight @ cosine(predicted, effects, dim=-1).double()
-        self._sums[1] += weight @ cosine(self._mean.float()[None], effects, dim=-1).double()
-        self._sums[2] += weight @ standard_errors.double().square()
+        self._sums[0] += weight.sum()
+        self._sums[1] += weight @ cosine(predicted, effects, dim=-1).double()
+        self._sums[2] += weight @ cosine(self._mean.float()[None], effects, dim=-1).double()
+        self._sums[3] += weight @ standard_errors.double().square()
         y = effects.double()
         for i, difference in enumerate(((predicted - effects).double(), y - self._mean, y - self._own_mean, y)):
             self._features[i] += weight @ difference.square()
@@ -71,17 +71,16 @@ class HeldOutScores:
         where standard errors are not known. The one baseline of all rows has noise too, which b takes up: `mse_noise` is a little
         too large, `r2_ceiling` a little too low. `feature_r2` sums up the R2 of each feature that varies among the held-out rows.
         """
-        n = self._held_out.n.item()
-        entries = n * self._held_out.y.numel()
-        mse, mean_effect = self._features[0].sum().item() / entries, self._around_mean / entries
-        noise = self._sums[2].item() / n
+        n, cosine, cosine_mean_effect, variance = self._sums.tolist()
+        mse, mean_effect, _, zero = (self._features.mean(1) / n).tolist()
+        noise = variance / n
         return {
             "mse": mse,
             "r2": 1 - mse / mean_effect if mean_effect else None,
-            "cosine": self._sums[0].item() / n,
+            "cosine": cosine / n,
             "mse_mean_effect": mean_effect,
-            "cosine_mean_effect": self._sums[1].item() / n,
-            "mse_zero": self._held_out.yy.item() / entries,
+            "cosine_mean_effect": cosine_mean_effect / n,
+            "mse_zero": zero,
             "mse_noise": noise if math.isfinite(noise) else None,
             "noise_share": noise / mse if math.isfinite(noise) and mse else None,
             "r2_ceiling": 1 - noise / mean_effect if math.isfinite(noise) and mean_effect else None,

@@ -31,7 +31,7 @@ class Split:
         self.weights = torch.ones(held_out, dtype=torch.float64)
 
     def scores(self, approximator: EffectApproximator, rows: slice = slice(None)) -> HeldOutScores:
-        scores = HeldOutScores(self.train, self.held_out)
+        scores = HeldOutScores(self.train.y / self.train.n, self.held_out.y / self.held_out.n)
         scores.add(approximator, self.X[rows], self.Y[rows], self.errors[rows], self.weights[rows])
         return scores
 

@@ -54,7 +54,8 @@ def fit_approximator(session: Session) -> None:
 
 def fit_settings(fit: Fit) -> dict[str, Any]:
     """The settings that decide the fit; one that came later is left out where it changes nothing, so that old fits stay valid."""
-    settings = fit.model_dump(mode="json", exclude={"workers"})
+    of_solver = {"ridge": {"penalties"}, "adam": {"solver", "learning_rate", "batch_size", "epochs"}}[fit.solver]
+    settings = fit.model_dump(mode="json", include={"held_out", "capped_weight", *of_solver})
     if fit.capped_weight == 1:
         del settings["capped_weight"]
     return settings

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -86,8 +93,9 @@ def test_capped_rows_count_as_much_as_the_setting_says(cluster: Cluster, weight:
 
 def test_settings_that_change_nothing_do_not_make_an_old_fit_invalid() -> None:
     assert fit_settings(Fit()) == {"penalties": list(Fit().penalties), "held_out": 0.1}
-    assert fit_settings(Fit(workers=2)) == fit_settings(Fit())
+    assert fit_settings(Fit(workers=2, max_failures=0, epochs=3)) == fit_settings(Fit())
     assert fit_settings(Fit(capped_weight=0.5)) == {**fit_settings(Fit()), "capped_weight": 0.5}
+    assert fit_settings(Fit(solver="adam")).keys() == {"held_out", "solver", "learning_rate", "batch_size", "epochs"}
 
 
 def test_too_few_rows_are_counted_and_the_penalty_explained(cluster: Cluster) -> None:
@@ -95,3 +103,72 @@ def test_too_few_rows_are_counted_and_the_penalty_explained(cluster: Cluster) ->
         fit(Planted.of(3, 0.1).tables(), Fit(held_out=1e-9), cluster, seed=SEED)
     with pytest.raises(InputError, match="fit.capped_weight = 0 leaves out 1 capped ones"):
         fit(Planted.of(3, 0.1).tables(), Fit(held_out=1e-9, capped_weight=0), cluster, seed=SEED)
+
+
+ADAM = Fit(solver="adam", learning_rate=0.05, batch_size=32, epochs=60)
+"""Settings with which Adam comes to rest on these rows."""
+
+
+def test_ridge_and_adam_both_find_a_planted_map_and_agree(cluster: Cluster) -> None:
+    planted = Planted.of(301, 0.0)
+    ridge = fit(planted.tables(), Fit(penalties=(0.0,)), cluster, seed=SEED)
+    adam = fit(planted.tables(), ADAM, cluster, seed=SEED)
+    for found in (ridge, adam):
+        assert np.allclose(found.approximator.M, planted.M, atol=2e-3)
+        assert np.allclose(found.approximator.b, planted.b, atol=2e-3)
+        assert found.report["held_out"]["r2"] > 0.9999
+    assert ridge.report["held_out"].keys() == adam.report["held_out"].keys()
+    losses = adam.report["mse_by_epoch"]
+    assert len(losses) == ADAM.epochs
+    assert losses[-1] < losses[0] / 1000
+
+
+def test_adam_weighs_capped_rows_too(cluster: Cluster) -> None:
+    planted = Planted.of(80, 0.0)
+    planted.Y[planted.capped] = 7
+    settings = ADAM.model_copy(update={"capped_weight": 0.0, "epochs": 200})
+    found = fit(planted.tables(), settings, cluster, seed=SEED)
+    assert np.allclose(found.approximator.M, planted.M, atol=1e-2)
+
+
+@pytest.mark.parametrize("solver", ["ridge", "adam"])
+def test_two_workers_fit_what_one_process_fits_and_lose_no_row(cluster: Cluster, solver: str) -> None:
+    planted = Planted.of(301, 0.3)
+    settings = Fit(solver=solver, learning_rate=0.02, batch_size=64, epochs=5)
+    alone = fit(planted.tables(), settings, cluster, seed=SEED)
+    two = fit(planted.tables(), settings.model_copy(update={"workers": 2}), cluster, seed=SEED)
+    assert two.report["rows_train"] + two.report["rows_held_out"] == 301
+    assert torch.allclose(alone.approximator.M, two.approximator.M, atol=1e-5)
+    assert torch.allclose(alone.approximator.b, two.approximator.b, atol=1e-5)
+    assert two.report["held_out"]["mse"] == pytest.approx(alone.report["held_out"]["mse"], rel=1e-4)
+
+
+def test_after_a_worker_is_killed_adam_goes_on_to_the_result_of_an_undisturbed_fit(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL of one of two workers after an epoch's checkpoint. Equal but for the order in which float32 sums are formed."""
+    planted = Planted.of(301, 0.3)
+    settings = Fit(solver="adam", learning_rate=0.01, batch_size=32, epochs=20)
+    undisturbed = fit(planted.tables(), settings, cluster, seed=SEED)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline, seen = time.monotonic() + 120, set[str]()
+        while time.monotonic() < deadline and len(seen) < 3:  # by then Ray Train has taken note of the first
+            seen |= {path.name for path in tmp_path.glob("saets-fit-*/fit/checkpoint_*")}
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            if not killed and "RayTrainWorker" in " ".join(process.cmdline()):
+                killed.append(process.pid)
+                os.kill(process.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = fit(planted.tables(), settings.model_copy(update={"workers": 2}), cluster, seed=SEED)
+    killer.join()
+    assert killed
+    assert 0 < found.report["resumed_at_epoch"] < settings.epochs
+    assert len(found.report["mse_by_epoch"]) == settings.epochs
+    assert found.report["mse_by_epoch"] == pytest.approx(undisturbed.report["mse_by_epoch"], rel=1e-3)
+    assert torch.allclose(found.approximator.M, undisturbed.approximator.M, atol=1e-4)
