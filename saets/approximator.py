@@ -52,24 +52,32 @@ class EffectApproximator:
 
 
 class Moments:
-    """Sums over rows that determine the fit: N, X'1, Y'1, X'X, X'Y and ||Y||^2, in float64.
+    """Sums over rows that determine the fit: N, X'1, Y'1, X'X, X'Y and ||Y||^2, in float64, and how many rows they are.
 
-    Adding up the tensors of two `Moments` gives the moments of both sets of rows, so workers need only an all-reduce.
+    A row of weight w counts as w rows would, and N is the sum of the weights. Adding up the tensors of two `Moments` gives the
+    moments of both sets of rows, so workers need only an all-reduce.
     """
 
     def __init__(self, d_model: int, d_sae: int, device: torch.device | str = "cpu") -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-        self.n, self.x, self.y = zeros(1), zeros(d_model), zeros(d_sae)
+        self.rows, self.n, self.x, self.y = zeros(1), zeros(1), zeros(d_model), zeros(d_sae)
         self.xx, self.xy, self.yy = zeros(d_model, d_model), zeros(d_model, d_sae), zeros(1)
 
     def tensors(self) -> list[Tensor]:
         """The sums themselves, to be added up in place."""
-        return [self.n, self.x, self.y, self.xx, self.xy, self.yy]
+        return [self.rows, self.n, self.x, self.y, self.xx, self.xy, self.yy]
 
-    def add(self, vectors: Float[Tensor, "rows d_model"], effects: Float[Tensor, "rows d_sae"]) -> None:
-        """Take rows; vectors are normalised to unit length (paper, section 4).
+    def add(
+        self,
+        vectors: Float[Tensor, "rows d_model"],
+        effects: Float[Tensor, "rows d_sae"],
+        weights: Float[Tensor, " rows"] | None = None,
+    ) -> None:
+        """Take rows, with weights of at least 0; vectors are normalised to unit length (paper, section 4).
+
+        Rows of weight 0 are left out.
 
         Raises:
             InputError: NaN or infinity in the rows.
@@ -78,12 +86,15 @@ class Moments:
         y = effects.double()
         if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
             raise InputError("effects to fit hold NaN or infinity; measure those rows again")
-        self.n += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += y.square().sum()
+        weight = torch.ones_like(x[:, 0]) if weights is None else weights.double()
+        weighted = weight[:, None] * x
+        self.rows += (weight > 0).sum()
+        self.n += weight.sum()
+        self.x += weighted.sum(0)
+        self.y += weight @ y
+        self.xx += weighted.T @ x
+        self.xy += weighted.T @ y
+        self.yy += weight @ y.square().sum(1)
 
     def __add__(self, other: Moments) -> Moments:
         total = Moments(*self.xy.shape, device=self.xy.device)
@@ -103,8 +114,8 @@ class RidgePath:
     """All penalties of one training set, from one eigendecomposition."""
 
     def __init__(self, train: Moments) -> None:
-        if train.n.item() < 2:
-            raise InputError(f"{int(train.n.item())} rows to fit; at least 2 are needed: measure more vectors")
+        if train.rows.item() < 2:
+            raise InputError(f"{int(train.rows.item())} rows to fit; at least 2 are needed: measure more vectors")
         self.x_mean, self.y_mean = train.x / train.n, train.y / train.n
         gram, cross, _ = train.centred(self.x_mean, self.y_mean)
         self.eigenvalues, self._basis = torch.linalg.eigh(gram)

@@ -312,7 +312,7 @@ def _show_fit(session: Session) -> None:
     held_out = report["held_out"]
     console.print(
         f"approximator: {report['rows_train'] + report['rows_held_out']} rows ({report['rows_own']} measured here, "
-        f"{report['rows_shipped']} shipped), held-out R2 {held_out['r2']:.3f}, cosine {held_out['cosine']:.3f}"
+        f"{report['rows_shipped']} shipped), held-out R2 {_number(held_out['r2'])}, cosine {held_out['cosine']:.3f}"
     )
     _show_path("approximator", session.run.approximator)
 

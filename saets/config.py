@@ -259,12 +259,23 @@ class Effects(Section):
 class Fit(Section):
     """Stage 2: the linear map from vectors to effects."""
 
+    solver: Literal["ridge", "adam"] = "ridge"
+    """`ridge` is exact; `adam` is the paper's, with the settings `learning_rate`, `batch_size` and `epochs`."""
     penalties: tuple[float, ...] = Field(tuple(10.0 ** (p / 2) for p in range(-8, 7)), min_length=1)
     """Ridge penalties tried, as multiples of the mean eigenvalue of the vectors' centred Gram matrix."""
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the rows, drawn at random by seed, that chooses the penalty and is reported."""
+    capped_weight: float = Field(1.0, ge=0, le=1)
+    """Weight of a vector whose calibration reached the grid's end (`capped`), beside 1 for the others; 0 leaves it out."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Of the first epoch; it falls along a cosine."""
+    batch_size: int = Field(64, ge=1)
+    """Rows a step, of all workers together."""
+    epochs: int = Field(15, ge=1)
     workers: int = Field(0, ge=0)
     """Ray Train workers; 0 fits in the driver's own process."""
+    max_failures: int = Field(1, ge=0)
+    """How often workers that die are replaced."""
 
 
 class Steering(Section):

@@ -143,6 +143,32 @@ def test_the_moments_of_two_parts_add_up_to_those_of_the_whole() -> None:
             assert torch.allclose(mine, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("penalty", [0.0, 0.1, 3.0])
+def test_weighted_rows_solve_the_weighted_normal_equations(penalty: float) -> None:
+    data = rows(25, 17, noise=0.5)
+    w = torch.where(torch.arange(25) % 3 == 0, 0.3, 1.0).double()
+    found = Moments(D_MODEL, D_SAE)
+    found.add(data.vectors, data.Y, w)
+    x_mean, y_mean = w @ data.X / w.sum(), w @ data.Y / w.sum()
+    Xc, Yc = data.X - x_mean, data.Y - y_mean
+    gram = Xc.T @ torch.diag(w) @ Xc
+    strength = penalty * gram.trace() / D_MODEL
+    M = torch.linalg.solve(gram + strength * torch.eye(D_MODEL, dtype=torch.float64), Xc.T @ torch.diag(w) @ Yc)
+    fitted = RidgePath(found).fit(penalty)
+    assert (found.rows.item(), found.n.item()) == (25, pytest.approx(w.sum().item()))
+    assert close(fitted.M, M)
+    assert close(fitted.b, y_mean - x_mean @ M)
+
+
+def test_rows_of_weight_zero_are_as_if_they_were_not_there() -> None:
+    data = rows(20, 18, noise=0.5)
+    w = (torch.arange(20) < 12).double()
+    found, expected = Moments(D_MODEL, D_SAE), moments(Rows(*(column[:12] for column in data)))
+    found.add(data.vectors, data.Y, w)
+    for mine, theirs in zip(found.tensors(), expected.tensors(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_adding_moments_leaves_both_as_they_were() -> None:
     first, second = moments(rows(5, 10)), moments(rows(6, 11))
     before = [tensor.clone() for tensor in first.tensors()]

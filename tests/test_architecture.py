@@ -19,7 +19,7 @@ FLOORS = (
     {"stages"},
     {"checks", "doctor", "explore", "distributed"},
     {"judge", "generation", "rows", "effects", "sources", "pending", "calibration_text", "model", "sae", "store", "plots"},
-    {"engine", "results", "approximator", "methods"},
+    {"engine", "results", "approximator", "held_out", "methods"},
     {"goal", "vector", "records", "terminal", "experiment", "config"},
     {"tokens", "hooks", "progress", "quiet", "shapes", "storage", "lock", "tensors", "errors"},
 )

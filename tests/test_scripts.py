@@ -75,3 +75,12 @@ def test_the_scaling_benchmark_measures_the_real_path() -> None:
     ideal = facts["vectors_per_batch"] / facts["sleep_seconds"]
     assert facts["rows_per_second"]["1"] <= 1.05 * ideal
     assert facts["extrapolated_actors"] > 1
+
+
+@pytest.mark.ray
+def test_the_fit_benchmark_runs_both_solvers_on_the_same_rows() -> None:
+    facts = json.loads(run(str(SCRIPTS / "benchmark_fit.py"), "--quick", "--rows", "400").splitlines()[-1])
+    assert (facts["rows"], facts["d_model"], facts["d_sae"]) == (400, 16, 32)
+    assert facts["speedup"] == pytest.approx(facts["seconds_adam"] / facts["seconds_ridge"])
+    assert 0 < facts["mse_ridge"] < facts["mse_adam"], "Adam has not come to rest after so few steps"
+    assert facts["peak_mb_ridge"] > 0

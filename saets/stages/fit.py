@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from saets.approximator import EffectApproximator
-from saets.config import settings_hash
+from saets.config import Fit, settings_hash
 from saets.distributed import fit as distributed
 from saets.errors import InputError
 from saets.stages.session import Session, effect_settings
 from saets.store import Table, read_shard
+
+COLUMNS = ("vector_id", "vector", "effect", "standard_error", "calibration")
+"""What a fit reads of the effects."""
 
 
 def fit_approximator(session: Session) -> None:
@@ -26,7 +30,7 @@ def fit_approximator(session: Session) -> None:
     tables = [run.effects, *([shipped.effects] if shipped else [])]
     ids = [sorted(table.ids()) for table in tables]
     rows = sum(map(len, ids))
-    inputs = settings_hash([experiment.fit.model_dump(mode="json", exclude={"workers"}), experiment.seed, ids])
+    inputs = settings_hash([fit_settings(experiment.fit), experiment.seed, ids])
     if run.manifest().get("fit", {}).get("inputs") == inputs and run.approximator.is_file():
         return
     if rows < 3:
@@ -40,19 +44,29 @@ def fit_approximator(session: Session) -> None:
             gpus=min(experiment.execution.gpus_per_actor, 1),  # more are for a model spread over them
         )
         advance(rows)
-    report = {**report, "rows_own": len(ids[0]), "rows_shipped": rows - len(ids[0])}
+    failed = run.failures.ids() - set().union(*ids)
+    report = {**report, "rows_own": len(ids[0]), "rows_shipped": rows - len(ids[0]), "rows_failed": len(failed)}
     provenance = {**effect_settings(experiment), "fit": report}
     EffectApproximator(approximator.M, approximator.b, provenance).save(run.approximator)
     (run.path / "fit.json").write_text(json.dumps(report, indent=1) + "\n")
     run.update_stage("fit", {"inputs": inputs})
 
 
+def fit_settings(fit: Fit) -> dict[str, Any]:
+    """The settings that decide the fit; one that came later is left out where it changes nothing, so that old fits stay valid."""
+    of_solver = {"ridge": {"penalties"}, "adam": {"solver", "learning_rate", "batch_size", "epochs"}}[fit.solver]
+    settings = fit.model_dump(mode="json", include={"held_out", "capped_weight", *of_solver})
+    if fit.capped_weight == 1:
+        del settings["capped_weight"]
+    return settings
+
+
 def measured_rows(tables: Sequence[Table]) -> Iterator[pa.Table]:
-    """Vectors and effects, a shard at a time, newest first and each vector once."""
+    """Vectors, effects and what is known of them, a shard at a time, newest first and each vector once."""
     seen: set[str] = set()
     for table in tables:
         for shard in reversed(table.shards()):
-            rows = read_shard(shard, ["vector_id", "vector", "effect"])
+            rows = read_shard(shard, COLUMNS)
             fresh = pc.invert(pc.is_in(rows["vector_id"], pa.array(list(seen), pa.string())))
             seen |= set(rows["vector_id"].to_pylist())
             yield rows.filter(fresh)
