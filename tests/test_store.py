@@ -381,7 +381,8 @@ def test_large_shards_are_left_alone(table: Table, monkeypatch: pytest.MonkeyPat
 def test_rows_that_two_writers_both_wrote_are_fitted_once(place: Location) -> None:
     def measured(*ids: str) -> pa.Table:
         vectors = tensor_column([np.full(2, len(name), np.float32) for name in ids])
-        return pa.table({"vector_id": list(ids), "vector": vectors, "effect": vectors})
+        facts = {"standard_error": [0.1] * len(ids), "calibration": ["ok"] * len(ids)}
+        return pa.table({"vector_id": list(ids), "vector": vectors, "effect": vectors, **facts})
 
     own, shipped = Table(place / "own", ["vector_id"]), Table(place / "shipped", ["vector_id"])
     own.write(measured("a", "bb"))
