@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -56,14 +56,16 @@ FEATURE_ERRORS = "feature_error_variance"
 
 def item_rows(items: Sequence[VectorItem]) -> pa.Table:
     """One row an item, with its vector."""
-    return pa.table(
-        {
-            "vector_id": [item.vector_id for item in items],
-            "source": [item.source for item in items],
-            "index": pa.array([item.index for item in items], pa.int64()),
-            "vector": tensor_column([item.direction for item in items]),
-        }
-    )
+    return pa.table({**_named(items), "vector": tensor_column([item.direction for item in items])})
+
+
+def _named(items: Sequence[VectorItem]) -> dict[str, Any]:
+    """The columns that say which vectors these are."""
+    return {
+        "vector_id": [item.vector_id for item in items],
+        "source": [item.source for item in items],
+        "index": pa.array([item.index for item in items], pa.int64()),
+    }
 
 
 def items_of(table: pa.Table) -> list[VectorItem]:
@@ -122,14 +124,7 @@ def _arrays(table: pa.Table, name: str) -> list[NDArray[np.float32]]:
 
 def failure_rows(failures: Sequence[Failure]) -> pa.Table:
     """One row a vector that could not be measured."""
-    return pa.table(
-        {
-            "vector_id": [failure.item.vector_id for failure in failures],
-            "source": [failure.item.source for failure in failures],
-            "index": pa.array([failure.item.index for failure in failures], pa.int64()),
-            "reason": [failure.reason for failure in failures],
-        }
-    )
+    return pa.table({**_named([failure.item for failure in failures]), "reason": [failure.reason for failure in failures]})
 
 
 def generation_rows(texts: Sequence[Generation]) -> pa.Table:
@@ -187,9 +182,7 @@ def effect_rows(measurements: Sequence[Measurement], baseline: Baseline, dtype: 
     errors = [found.error_variance + baseline.error_variance for found in measurements]
     table = pa.table(
         {
-            "vector_id": [found.item.vector_id for found in measurements],
-            "source": [found.item.source for found in measurements],
-            "index": pa.array([found.item.index for found in measurements], pa.int64()),
+            **_named([found.item for found in measurements]),
             "vector": tensor_column([found.item.direction for found in measurements]),
             "scale": [found.calibration.scale for found in measurements],
             "loss": [found.calibration.loss for found in measurements],
