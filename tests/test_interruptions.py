@@ -94,7 +94,7 @@ def test_a_run_killed_again_and_again_stopped_and_damaged_ends_with_the_rows_of_
     killed = run.effects.ids()
     assert 0 < len(killed) < VECTORS
     code, said = interrupted(out, "effects/*.parquet", signal.SIGINT)
-    assert code == 130
+    assert code == 130, said
     assert "run the same command again to go on from here" in said
     stopped = run.effects.ids()
     assert stopped > killed

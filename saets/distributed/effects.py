@@ -7,13 +7,14 @@ need n slots.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -104,7 +105,7 @@ def measure(
     rows: int | None = None,
     board: Board | None = None,
     actor: type[EffectActor] = EffectActor,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """A result for every pending item as batches finish, in any order; `pending` is told of them.
 
     `rows` a step are those an earlier part of the run recorded, if there was one. A batch whose process ends is tried again a
@@ -116,9 +117,10 @@ def measure(
     """
     cluster.connect()
     for size in (vectors_per_batch(experiment), 1):
-        for results, worker in _one_pass(pending, size, experiment, rows, board, actor):
-            pending.done(result.item for result in results)
-            yield results, worker
+        with contextlib.closing(_one_pass(pending, size, experiment, rows, board, actor)) as one_pass:
+            for results, worker in one_pass:
+                pending.done(result.item for result in results)
+                yield results, worker
         if not len(pending):
             return
         logger.warning("%d vectors lost their worker process; trying each by itself", len(pending))
@@ -128,7 +130,7 @@ def measure(
 
 def _one_pass(
     pending: Pending, size: int, experiment: Experiment, rows: int | None, board: Board | None, actor: type[EffectActor]
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Results of the batches whose process lived."""
     execution = experiment.execution
     dataset = ray.data.read_datasource(Batches(pending, size), override_num_blocks=1, num_cpus=0)
@@ -153,23 +155,30 @@ def _one_pass(
             max_task_retries=TASK_RETRIES,
         )
     ended = False
+    bundles = results.iter_internal_ref_bundles()  # in this thread, so that stopping here stops the Dataset before Ray goes
     try:
-        block: Any
-        for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for batch in block.to_batches(max_chunksize=1):
-                if worker := batch.column("worker")[0].as_py():
-                    yield _results(pa.Table.from_batches([batch])), json.loads(worker)
+        for bundle in bundles:
+            for batch in _rows_of(bundle):
+                if worker := batch["worker"][0].as_py():
+                    yield _results(batch), json.loads(worker)
                 else:
-                    ended, reason = True, batch.column("error")[0].as_py()
+                    ended, reason = True, batch["error"][0].as_py()
                     if reason is not None:
                         raise InputError(f"the vectors could not be made: {reason}")
     except ray.exceptions.RayError as error:
         raise input_error(error) or error from error
+    finally:
+        del bundles  # which ends what still runs
     if not ended and len(pending):
         raise InputError(
             f"the process that makes the vectors ended before the last {len(pending)}; run the same command again: everything "
             "written so far is kept"
         )
+
+
+def _rows_of(bundle: Any) -> list[pa.Table]:
+    blocks: list[pa.Table] = ray.get([entry.ref for entry in bundle.blocks])
+    return [block.slice(row, 1) for block in blocks for row in range(len(block))]
 
 
 class Batches(ray.data.Datasource):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Iterable, Mapping
@@ -67,8 +68,9 @@ def _measure(session: Session, pending: Pending, writer: EffectWriter, shipped: 
     with (
         session.progress.stage("measuring effects", total, pending.vectors_known, "vectors", note) as advance,
         Appender(run.failures, failure_rows) as failures,
+        contextlib.closing(distributed.measure(pending, experiment, session.cluster, rows=rows, board=board)) as measured,
     ):
-        for results, worker in distributed.measure(pending, experiment, session.cluster, rows=rows, board=board):
+        for results, worker in measured:
             if worker is not None:
                 _check_weights(run, shipped, worker)
                 _record_shape(run, worker)
