@@ -18,10 +18,24 @@ FLOORS = (
     {"pipeline"},
     {"stages"},
     {"checks", "doctor", "explore", "distributed"},
-    {"judge", "generation", "rows", "effects", "sources", "pending", "calibration_text", "model", "sae", "store", "plots"},
+    {
+        "judge",
+        "generation",
+        "rows",
+        "effects",
+        "sources",
+        "pending",
+        "calibration_text",
+        "model",
+        "sae",
+        "store",
+        "plots",
+        "published",
+        "card",
+    },
     {"engine", "results", "approximator", "held_out", "methods"},
-    {"goal", "vector", "records", "terminal", "experiment", "config"},
-    {"tokens", "hooks", "progress", "quiet", "shapes", "storage", "lock", "tensors", "errors"},
+    {"goal", "vector", "records", "terminal", "experiment", "config", "model_config"},
+    {"tokens", "hooks", "progress", "quiet", "shapes", "storage", "lock", "tensors", "hub", "errors"},
 )
 """From the door down to the ground; a module imports from its own floor and from floors below."""
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from saets.approximator import EffectApproximator
 from saets.cli import main
-from saets.config import RandomWeights
 from saets.distributed.cluster import Cluster
 from saets.experiment import load_experiment
 from saets.model import random_llama
+from saets.model_config import RandomWeights
 from saets.storage import locate
 from saets.store import RunFolder
 from tests.chat_server import KEY, Server, says
