@@ -187,15 +187,6 @@ def test_effects_do_not_depend_on_the_number_of_actors_or_on_resuming(finished: 
     assert one.select(plain).equals(two.select(plain))
 
 
-def test_two_ray_train_workers_fit_what_one_process_fits(finished: Path, folder: Path) -> None:
-    alone = EffectApproximator.load(finished / "approximator.safetensors")
-    (finished / "approximator.safetensors").unlink()
-    assert run(folder, finished, "fit.workers=2", command="fit") == 0
-    together = EffectApproximator.load(finished / "approximator.safetensors")
-    assert torch.allclose(alone.M, together.M, atol=1e-5)
-    assert torch.allclose(alone.b, together.b, atol=1e-5)
-
-
 def test_more_gpus_than_any_node_has_is_said_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, tmp_path / "gpu", "execution.gpus_per_actor=64") == 2
     assert "execution.gpus_per_actor is 64" in capsys.readouterr().err
