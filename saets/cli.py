@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if not options.verbose:
         warnings.filterwarnings("ignore")
-        for name in ("transformers", "huggingface_hub", "sae_lens"):
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it sets its own level when it is imported
+        for name in ("transformers", "sae_lens"):
             logging.getLogger(name).setLevel(logging.ERROR)
     _read_env()
     command: Callable[[argparse.Namespace], int | None] = options.command
