@@ -44,7 +44,9 @@ class EffectApproximator:
         Raises:
             InputError: missing or damaged file, wrong keys or shapes.
         """
-        tensors, header = read_tensors(path, f"no approximator at {path}; run `saets fit` first")
+        tensors, header = read_tensors(
+            path, f"no approximator at {path}; run `saets fit` first, or `saets pull` where the experiment names a published one"
+        )
         if set(tensors) != {"M", "b"} or tensors["M"].shape[1:] != tensors["b"].shape:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise InputError(f"{path} holds {shapes}; expected M [d_model, d_sae] and b [d_sae]")

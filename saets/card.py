@@ -15,6 +15,7 @@ def card(
 ) -> str:
     """Markdown with the front matter that the hub reads; `fit` is what fit.json holds, where the run has an approximator."""
     front = ["---", "tags:", "- steering", "- sparse-autoencoder", "- saets", "---"]
+    origin = (fit or {}).get("published") or (fit or {}).get("effects_from")
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.get("versions", {}).items()))
     parts = [
         "\n".join(front),
@@ -22,17 +23,17 @@ def card(
         experiment.description,
         "Made with `saets`, which implements SAE-TS (arXiv 2411.02193): the effect of a unit steering vector x on every feature "
         "of the SAE is predicted as x M + b.",
-        _settings(experiment, versions),
+        _settings(experiment, versions, measured=origin is None),
         "## Files\n\n" + "\n".join(f"- `{name}`: {text}" for name, text in _described(files)),
         _quality(fit) if fit else "",
         _use(experiment, source, files),
-        "## Licence\n\nVectors, effects and the approximator are derived from the model and the SAE named above; the licences "
-        "and terms of both apply to them. Check these before you pass the files on.",
+        _licence(origin),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _settings(experiment: Experiment, versions: str) -> str:
+def _settings(experiment: Experiment, versions: str, *, measured: bool) -> str:
+    """A table of settings; those of measuring only where effects were measured with them."""
     effects = experiment.effects
     rule = next(f"{name} {value:g}" for name in LOSS_RULES if (value := getattr(effects, name)) is not None)
     model, revision = experiment.model.name, experiment.model.revision
@@ -40,12 +41,15 @@ def _settings(experiment: Experiment, versions: str) -> str:
         "model": f"{model} at {revision}" if revision else model,
         "SAE": describe_sae(experiment.sae),
         "hook": experiment.hook_name,
-        "rollouts a vector": f"{len(effects.prompts)} prompts x {effects.rollouts}, {effects.length} tokens each",
-        "sampling": f"temperature {effects.temperature:g}, top-k {effects.top_k}",
-        "calibration": rule,
-        "seed": str(experiment.seed),
-        "versions": versions,
     }
+    if measured:
+        rows |= {
+            "rollouts a vector": f"{len(effects.prompts)} prompts x {effects.rollouts}, {effects.length} tokens each",
+            "sampling": f"temperature {effects.temperature:g}, top-k {effects.top_k}",
+            "calibration": rule,
+            "seed": str(experiment.seed),
+        }
+    rows["versions"] = versions
     return "## Settings\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
 
 
@@ -74,11 +78,7 @@ def _described(files: Sequence[str]) -> list[tuple[str, str]]:
 
 def _quality(fit: Mapping[str, Any]) -> str:
     if "published" in fit:
-        origin = fit["published"]
-        return (
-            f"## Approximator\n\nConverted from `{origin['file']}` of [{origin['repo']}](https://huggingface.co/datasets/"
-            f"{origin['repo']}), commit {origin['commit']}."
-        )
+        return f"## Approximator\n\nConverted from {_origin(fit['published'])}."
     held_out = fit["held_out"]
     figures = {
         "rows fitted": fit["rows_train"],
@@ -93,12 +93,26 @@ def _quality(fit: Mapping[str, Any]) -> str:
     )
 
 
+def _origin(origin: Mapping[str, Any]) -> str:
+    return f"`{origin['file']}` of the {origin['repo_type']} repository `{origin['repo']}`, commit `{origin['commit']}`"
+
+
+def _licence(origin: Mapping[str, Any] | None) -> str:
+    more = f" Effects or approximator come from {_origin(origin)}, whose licence applies too." if origin else ""
+    return (
+        "## Licence\n\nVectors, effects and the approximator are derived from the model and the SAE named above; the licences "
+        f"and terms of both apply to them.{more} Check these before you pass the files on."
+    )
+
+
 def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _use(experiment: Experiment, source: Source, files: Sequence[str]) -> str:
-    """Code that fetches one file and uses it."""
+    """Code that fetches one file and uses it; nothing where there are effects alone."""
+    if not any(name == "approximator.safetensors" or name.startswith("vectors/") for name in files):
+        return ""
     file = next((name for name in files if name.startswith("vectors/")), "approximator.safetensors")
     kind = "SteeringVector" if file.startswith("vectors/") else "EffectApproximator"
     return f"""## Use

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,7 +151,7 @@ def _fit(options: argparse.Namespace) -> None:
 def _pull(options: argparse.Namespace) -> None:
     from saets.stages.pull import pull
 
-    with _session(options) as session:
+    with _session(options, checked=False) as session:
         pull(session, effects=options.effects)
         _show_fit(session)
         if session.run.published_effects.shards():
@@ -161,10 +162,15 @@ def _push(options: argparse.Namespace) -> None:
     from saets.hub import Source
     from saets.stages.push import push
 
-    with _session(options) as session:
+    run = locate(options.out or options.experiment)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
+        raise InputError(f"{options.repo!r} names no repository of the hub; expected OWNER/NAME")
+    if not (run / "experiment.toml").is_file():
+        raise InputError(f"no run folder at {run}; give one that a run has written, e.g. `saets push runs/smollm2 OWNER/NAME`")
+    with shown_progress(errors, options.progress) as progress:
         target = Source(options.repo, options.repo_type)
-        url = push(session, target, private=options.private, effects=not options.no_effects)
-        console.print(f"pushed to {url}", markup=False)
+        url = push(run, target, progress, private=options.private, effects=not options.no_effects)
+    console.print(f"pushed to {url}", markup=False)
 
 
 def _vectors(options: argparse.Namespace) -> None:
@@ -267,7 +273,7 @@ def _feature(text: str) -> tuple[int, float]:
 
 @contextlib.contextmanager
 def _session(
-    options: argparse.Namespace, *, goals: bool = False, judge: bool = False, measure: bool = False
+    options: argparse.Namespace, *, checked: bool = True, goals: bool = False, judge: bool = False, measure: bool = False
 ) -> Iterator[Session]:
     """The experiment in its run folder, made only after what the command needs of it has been checked."""
     from saets.checks import check_all, check_experiment
@@ -276,7 +282,7 @@ def _session(
     experiment, out = _experiment(options)
     if goals:
         check_all(experiment, judged=judge)
-    else:
+    elif checked:
         check_experiment(experiment)
     with (
         shown_progress(errors, options.progress) as progress,

@@ -198,27 +198,33 @@ class Fit(Section):
     """How often workers that die are replaced."""
 
 
+HubFile = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]
+"""Name of a file in a repository of the hub."""
+
+
 class Published(Section):
-    """Files on the hub that stand in for stages 1 and 2 where a run has no effects of its own: `.pt` as the method's authors
+    """Files on the hub that stand in for stages 1 and 2 where a run has no effects of its own: `.pt`, as the method's authors
     wrote them."""
 
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     """`owner/name`."""
-    model: str
-    """`model.name` that the files were made for."""
-    sae_id: str | None = None
-    """`sae.id` that they were made for."""
-    hook_name: str
     repo_type: Literal["dataset", "model"] = "dataset"
     revision: str | None = None
     """Branch, tag or commit."""
-    approximator: str
+    model: str
+    """`model.name` that the files were made for."""
+    sae_release: str | None = None
+    sae_id: str | None = None
+    hook_name: str
+    target_loss: float | None = None
+    """`effects.target_loss` at which they were measured, where it is known; another experiment measures for itself."""
+    approximator: HubFile
     """State dict `{"W": [d_model, d_sae], "b": [d_sae]}`."""
-    effects: str | None = None
+    effects: HubFile | None = None
     """`{"features": [N, d_model], "effects": [N, d_sae]}`: vectors at their calibrated length, and what they do."""
-    rotation: str | None = None
+    rotation: HubFile | None = None
     """Orthogonal [d_model, d_model] from decoder rows towards columns of W."""
-    bias_direction: str | None = None
+    bias_direction: HubFile | None = None
     """u(W b) [d_model], a check that these files belong together."""
 
 

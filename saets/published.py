@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from saets.shapes import Float
 
 ORTHOGONAL = 1e-2
 """How far Q'Q may be from the identity, in any entry; the files come from float32 and float16."""
+
+RUNS_CODE = re.compile(r"GLOBAL|Unsupported (global|class)")
+"""What torch says of a pickle that calls something."""
 
 
 def read_approximator(path: Path, d_model: int) -> EffectApproximator:
@@ -50,8 +54,8 @@ def read_effects(path: Path, d_model: int, d_sae: int | None) -> PublishedEffect
     """
     tensors = _tensors(path, ("features", "effects"))
     vectors, effects = tensors["features"], tensors["effects"]
-    widths = (d_model, effects.shape[-1] if d_sae is None else d_sae)
-    if vectors.ndim != 2 or effects.ndim != 2 or len(vectors) != len(effects) or (vectors.shape[1], effects.shape[1]) != widths:
+    shapes = (vectors.ndim, effects.ndim) == (2, 2) and len(vectors) == len(effects)
+    if not shapes or vectors.shape[1] != d_model or d_sae not in (None, effects.shape[1]):
         raise _wrong(path, tensors, f"features [N, {d_model}] and effects [N, {d_sae or 'd_sae'}]")
     return PublishedEffects(vectors, effects)
 
@@ -67,7 +71,7 @@ class Rotation(NamedTuple):
     mean_cosine_unrotated: float
 
 
-def read_rotation(path: Path, W_dec: Float[Tensor, "d_sae d_model"], M: Float[Tensor, "d_model d_sae"]) -> Rotation:
+def read_rotation(path: Path, W_dec: Float[Tensor, "d_sae d_in"], M: Float[Tensor, "d_model features"]) -> Rotation:
     """The rotation of a file, turned so that Q is applied from the left: which way round the file has it is measured.
 
     The released training script saves Q and its evaluation script applies Q'; the authors' files hold one of the two.
@@ -75,12 +79,10 @@ def read_rotation(path: Path, W_dec: Float[Tensor, "d_sae d_model"], M: Float[Te
     Raises:
         InputError: as for `read_approximator`; a matrix that is not orthogonal, or that turns neither way towards M.
     """
-    found = _load(path)
-    d_model = W_dec.shape[1]
-    if not isinstance(found, Tensor) or found.shape != (d_model, d_model):
-        raise _wrong(path, found, f"a tensor [{d_model}, {d_model}]")
-    R = found.detach().float()
-    _finite(path, R)
+    if W_dec.shape != M.T.shape:
+        raise InputError(f"the SAE's decoder is {list(W_dec.shape)} and M is {list(M.shape)}; they belong to different SAEs")
+    d_model = len(M)
+    R = _tensor(path, (d_model, d_model))
     off = (R @ R.T - torch.eye(d_model)).abs().max().item()
     if off > ORTHOGONAL:
         raise InputError(f"{path.name} is not a rotation: R R' differs from the identity by up to {off:.3g}; get another file")
@@ -107,19 +109,15 @@ def bias_direction_cosine(path: Path, approximator: EffectApproximator) -> float
     Raises:
         InputError: as for `read_approximator`.
     """
-    found = _load(path)
-    d_model = len(approximator.M)
-    if not isinstance(found, Tensor) or found.shape != (d_model,):
-        raise _wrong(path, found, f"a tensor [{d_model}]")
-    _finite(path, found.detach())
-    return cosine_similarity(found.detach().float(), normalize(approximator.M @ approximator.b, dim=0), dim=0).item()
+    direction = _tensor(path, (len(approximator.M),))
+    return cosine_similarity(direction, normalize(approximator.M @ approximator.b, dim=0), dim=0).item()
 
 
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if RUNS_CODE.search(str(error)):
             raise InputError(
                 f"{path.name} is refused: it holds more than tensors and would run code when read ({_reason(error)}); "
                 "get it from a source you trust, as plain tensors"
@@ -131,9 +129,25 @@ def _load(path: Path) -> Any:
 
 def _tensors(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     found = _load(path)
-    if not isinstance(found, dict) or set(found) != set(names) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise _wrong(path, found, f"tensors {' and '.join(names)}")
+    if not isinstance(found, dict) or set(found) != set(names) or not all(_plain(value) for value in found.values()):
+        raise _wrong(path, found, f"tensors {' and '.join(names)} of real numbers")
     return {name: found[name].detach() for name in names}
+
+
+def _tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
+    found = _load(path)
+    if not _plain(found) or found.shape != shape:
+        raise _wrong(path, found, f"a tensor {list(shape)} of real numbers")
+    tensor: Tensor = found.detach().float()
+    _finite(path, tensor)
+    return tensor
+
+
+def _plain(value: Any) -> bool:
+    """Whether this is a dense tensor of floating-point numbers that are there."""
+    return (
+        isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
+    )
 
 
 def _wrong(path: Path, found: Any, expected: str) -> InputError:
@@ -145,7 +159,9 @@ def _wrong(path: Path, found: Any, expected: str) -> InputError:
 
 
 def _shape(value: Any) -> str:
-    return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return str(list(value.shape)) if _plain(value) else f"{list(value.shape)} ({value.layout}, {value.dtype}, {value.device})"
 
 
 def _finite(path: Path, *tensors: Tensor) -> None:
@@ -156,5 +172,5 @@ def _finite(path: Path, *tensors: Tensor) -> None:
 def _reason(error: BaseException) -> str:
     """The line of torch's long message that names what it met."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    named = [line for line in lines if RUNS_CODE.search(line)]
     return (named or lines or [type(error).__name__])[0][:200]

@@ -45,7 +45,7 @@ def locate(where: Where) -> Location:
         return where
     if not is_uri(where):
         return Location(LocalFileSystem(), os.path.abspath(where), str(where))
-    shown = _without_secrets(str(where))
+    shown = without_secrets(str(where))
     try:
         filesystem, path = _within_deadline(lambda: FileSystem.from_uri(where))
         if not path:
@@ -88,7 +88,7 @@ def _within_deadline(ask: Callable[[], Any]) -> Any:
     return answers[0]
 
 
-def _without_secrets(uri: str) -> str:
+def without_secrets(uri: str) -> str:
     """The URI as it may be shown: options and a password left out."""
     parts = urlsplit(uri)
     user, at, host = parts.netloc.rpartition("@")

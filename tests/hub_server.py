@@ -58,6 +58,14 @@ class Handler(BaseHTTPRequestHandler):
     def _resolve(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
+        if found := re.fullmatch(r"/api/(dataset|model)s/([^/]+/[^/]+)(/tree/main)?", path):
+            key = (found[1], found[2])
+            if key not in self.server.repos:
+                return self._error(404, "RepoNotFound")
+            if found[3]:
+                files = self.server.repos[key].items()
+                return self._answer([{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in files])
+            return self._answer({"id": key[1], "private": key in self.server.private, "sha": self.server.commits[key]})
         found = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if not found:
             return self._error(404, "RepoNotFound")
@@ -108,10 +116,13 @@ class Handler(BaseHTTPRequestHandler):
                 asked.get("type", "model"),
                 f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"],
             )
+            url = json.dumps({"url": f"{self.server.url}/{'datasets/' if key[0] == 'dataset' else ''}{key[1]}"}).encode()
+            if key in self.server.repos:
+                return self._send(409, url, {"Content-Type": "application/json"})
             self.server.put(key[1], key[0])
             if asked.get("private") or asked.get("visibility") == "private":
                 self.server.private.add(key)
-            return self._answer({"url": f"{self.server.url}/{'datasets/' if key[0] == 'dataset' else ''}{key[1]}"})
+            return self._send(200, url, {"Content-Type": "application/json"})
         if found := re.fullmatch(r"/api/(dataset|model)s/([^/]+/[^/]+)/preupload/main", path):
             files = [
                 {"path": file["path"], "uploadMode": "lfs" if file["size"] >= SMALL else "regular", "shouldIgnore": False}
@@ -138,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del self.server.repos[key][value["path"]]
         self.server.put(key[1], key[0], **files)
         commit = self.server.commits[key]
         self._answer(

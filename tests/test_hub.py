@@ -124,13 +124,43 @@ def test_pull_makes_the_authors_files_those_of_the_run(
     assert not [request for request in hub.requests[len(before) :] if "effects.pt" in request or "adapter.pt" in request]
 
 
+def test_a_pull_that_was_killed_between_two_writes_goes_on(hub: Hub, authors: dict[str, Any], tmp_path: Path) -> None:
+    published(hub, authors)
+    out = tmp_path / "run"
+    assert main(command("pull", out)) == 0
+    RunFolder(out).update_manifest(fit={})
+    (out / "fit.json").unlink()
+    assert main(command("pull", out)) == 0
+    assert json.loads((out / "fit.json").read_text())["published"]["file"] == "adapter.pt"
+
+
+def test_effects_of_another_file_take_the_place_of_those_there(hub: Hub, authors: dict[str, Any], tmp_path: Path) -> None:
+    newer = {name: tensor[:20] + 1 for name, tensor in authors["effects.pt"].items()}
+    published(hub, {**authors, "newer.pt": newer})
+    out = tmp_path / "run"
+    assert main(command("pull", out, "--effects")) == 0
+    assert main([*command("pull", out, "--effects"), "--set", "published.effects=newer.pt"]) == 0
+    assert len(RunFolder(out).published_effects.ids()) == 20
+
+
+def test_a_published_approximator_is_refused_where_the_experiment_is_another(
+    hub: Hub, authors: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published(hub, authors)
+    out = tmp_path / "run"
+    assert main(command("pull", out)) == 0
+    changed = [*command("vectors", out), "--set", "hook_name=blocks.1.hook_resid_post"]
+    assert "was published for another experiment (hook_name is 'blocks.1.hook_resid_post'" in error_of(changed, capsys)
+
+
 def test_a_stage_that_needs_the_approximator_takes_the_published_one_and_says_so(
     hub: Hub, authors: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     published(hub, authors)
     out = tmp_path / "run"
     assert main(command("vectors", out)) == 0
-    assert f"holds no effects: taking the approximator published at {REPO}; `saets run --measure` measures instead" in caplog.text
+    assert f"holds no effects: taking the approximator published at {REPO}" in caplog.text
+    assert "`saets run --measure` measures instead" in caplog.text
     assert not RunFolder(out).effects.shards()
     W, b = authors["adapter.pt"]["W"], authors["adapter.pt"]["b"]
     by_hand = normalize(W[:, 3] / W[:, 3].norm() - (W @ b) / (W @ b).norm(), dim=0)
@@ -149,7 +179,7 @@ def test_the_hub_is_found_by_hf_endpoint(hub: Hub, authors: dict[str, Any], tmp_
 
 
 def test_a_download_that_breaks_leaves_no_half_file_and_is_made_again(
-    hub: Hub, authors: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    hub: Hub, authors: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published(hub, authors)
     out = tmp_path / "run"
@@ -158,9 +188,24 @@ def test_a_download_that_breaks_leaves_no_half_file_and_is_made_again(
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size == 1000]
     assert not (out / "approximator.safetensors").exists()
     hub.break_after, hub.corrupt = None, True
-    assert "adapter.pt of dataset authors/effects arrived damaged" in error_of(command("pull", out), capsys)
+    assert "adapter.pt of dataset authors/effects arrived damaged twice" in error_of(command("pull", out), capsys)
     hub.corrupt = False
     assert main(command("pull", out)) == 0
+
+
+def test_a_file_in_the_store_that_repositories_share_is_known_by_its_link(
+    hub: Hub, authors: dict[str, Any], tmp_path: Path
+) -> None:
+    published(hub, authors)
+    assert main(command("pull", tmp_path / "one")) == 0
+    (snapshot,) = (tmp_path / "cache").rglob("snapshots/*/adapter.pt")
+    blob = snapshot.resolve()
+    shared = tmp_path / "cache" / "blobs" / ("ab" * 32)  # named by another hash, as Xet's files are
+    shared.parent.mkdir()
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    assert main(command("pull", tmp_path / "two")) == 0
+    assert shared.is_file()
 
 
 def test_what_is_missing_on_the_hub_is_named(
@@ -192,7 +237,7 @@ def test_an_approximator_fitted_here_is_not_replaced(
     out = tmp_path / "run"
     published(hub, authors)
     assert main(command("pull", out)) == 0
-    RunFolder(out).update_manifest(fit={"inputs": "own"})
+    EffectApproximator(torch.eye(32), torch.zeros(32), {"fit": {}}).save(RunFolder(out).approximator)
     assert "holds an approximator that was fitted here" in error_of(command("pull", out), capsys)
 
 
@@ -201,19 +246,59 @@ def test_push_puts_the_run_on_the_hub_with_a_card(
 ) -> None:
     published(hub, authors)
     out = tmp_path / "run"
-    assert "holds nothing to push" in error_of(command("push", out, "me/run"), capsys)
     assert main(command("vectors", out)) == 0
-    assert main(command("push", out, "me/run", "--private")) == 0
+    assert main(["push", str(out), "me/run", "--private"]) == 0
     assert f"{hub.url}/datasets/me/run" in capsys.readouterr().out
     there = hub.repos["dataset", "me/run"]
     assert hub.private == {("dataset", "me/run")}
     assert {"README.md", "approximator.safetensors", "experiment.toml", "fit.json", "manifest.json"} <= there.keys()
-    for name in ("approximator.safetensors", "vectors/london--sae_ts.safetensors"):
-        assert there[name] == (out / name).read_bytes()
     assert torch.equal(load(there["approximator.safetensors"])["M"], authors["adapter.pt"]["W"])
+    own = load_file(out / "vectors" / "london--sae_ts.safetensors")
+    assert torch.equal(load(there["vectors/london--sae_ts.safetensors"])["direction"], own["direction"])
     card = there["README.md"].decode()
-    for said in ("| model | tiny |", "| hook | blocks.2.hook_resid_post |", "adapter.pt", "Licence", "SteeringVector.load"):
+    for said in ("| model | tiny |", "| hook | blocks.2.hook_resid_post |", f"`adapter.pt` of the dataset repository `{REPO}`"):
         assert said in card
+    assert "whose licence applies too" in card and "SteeringVector.load" in card
+    assert "calibration" not in card  # nothing was measured with these settings
+    (out / "vectors" / "wedding--sae.safetensors").unlink()
+    assert main(["push", str(out), "me/run"]) == 0
+    assert "vectors/wedding--sae.safetensors" not in there and "vectors/london--sae.safetensors" in there
+
+
+def test_what_is_pushed_names_no_path_of_this_machine_and_no_password(hub: Hub, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    out = tmp_path / "run"
+    sae = load_sae(load_experiment("tiny").sae, 32)
+    sae.save_model(str(weights))
+    settings = [
+        *("sae.loader=folder", f"sae.path={weights}", "steering.methods=['sae']", "judge.kind=openai"),
+        *("judge.base_url=https://user:SECRET@judge.org/v1", "effects.shipped=s3://KEY:SECRET@bucket/effects?region=x"),
+    ]
+    overrides = [word for setting in (*SETTINGS[:2], *settings) for word in ("--set", setting)]
+    assert main(["vectors", "tiny", "--out", str(out), *overrides]) == 0
+    assert str(tmp_path) in (out / "experiment.toml").read_text()
+    assert main(["push", str(out), "me/run"]) == 0
+    there = hub.repos["dataset", "me/run"]
+    assert there.keys() >= {"README.md", "experiment.toml", "vectors/london--sae.safetensors"}
+    for content in there.values():
+        for secret in (str(tmp_path), "SECRET", "KEY"):
+            assert secret.encode() not in content
+
+
+def test_what_cannot_be_pushed_is_said(
+    hub: Hub, authors: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert "no run folder at" in error_of(["push", str(out), "me/run"], capsys)
+    out.mkdir()
+    (out / "experiment.toml").write_text(load_experiment("tiny", SETTINGS).to_toml())
+    assert "holds nothing to push" in error_of(["push", str(out), "me/run"], capsys)
+    assert "expected OWNER/NAME" in error_of(["push", str(out), "run"], capsys)
+    published(hub, authors)
+    assert main(command("pull", out)) == 0
+    hub.put("me/public")
+    assert "is there already and public" in error_of(["push", str(out), "me/public", "--private"], capsys)
+    assert hub.repos["dataset", "me/public"] == {}
 
 
 def test_a_card_tells_the_held_out_figures(tmp_path: Path, hub: Hub) -> None:
@@ -237,7 +322,7 @@ def test_a_card_tells_the_held_out_figures(tmp_path: Path, hub: Hub) -> None:
     (out / "experiment.toml").write_text(load_experiment("tiny", SETTINGS).to_toml())
     EffectApproximator(torch.eye(3), torch.zeros(3)).save(run.approximator)
     (out / "fit.json").write_text(json.dumps(report))
-    assert main(command("push", out, "me/fitted", "--repo-type", "model")) == 0
+    assert main(["push", str(out), "me/fitted", "--repo-type", "model"]) == 0
     card = hub.repos["model", "me/fitted"]["README.md"].decode()
     assert "| r2 | 0.25 |" in card and "| rows held out | 10 |" in card and "mse_noise |" not in card
 
@@ -249,7 +334,7 @@ def test_a_push_without_a_token_says_what_to_do(
     out = tmp_path / "run"
     assert main(command("vectors", out)) == 0
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    assert "set HF_TOKEN" in error_of(command("push", out, "me/run"), capsys)
+    assert "set HF_TOKEN" in error_of(["push", str(out), "me/run"], capsys)
     assert ("dataset", "me/run") not in hub.repos
 
 

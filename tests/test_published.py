@@ -39,7 +39,9 @@ def test_a_state_dict_becomes_an_approximator(tmp_path: Path, linear: dict[str, 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda t: {"W": t["W"]}, r"adapter.pt holds W \[12, 40\]; expected tensors W and b"),
+        (lambda t: {"W": t["W"]}, r"adapter.pt holds W \[12, 40\]; expected tensors W and b of real numbers"),
+        (lambda t: {**t, "b": t["b"].to_sparse()}, r"b \[40\] \(torch.sparse_coo"),
+        (lambda t: {**t, "b": t["b"].to("meta")}, r"b \[40\] .*meta"),
         (lambda t: {"W": t["W"].T, "b": t["b"]}, r"holds W \[40, 12\], b \[40\]; expected W \[12, d_sae\] and b \[d_sae\]"),
         (lambda t: {"W": t["W"], "b": t["b"][:-1]}, r"b \[39\]; expected"),
         (lambda t: {"W": t["W"], "b": "text"}, r"b a str; expected tensors W and b"),
@@ -68,6 +70,13 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, lin
     assert not marker.exists()
 
 
+def test_a_page_in_place_of_the_file_is_not_taken_for_code(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.pt"
+    path.write_text("<!DOCTYPE html><html>not found</html>")
+    with pytest.raises(InputError, match="adapter.pt (is damaged|cannot be read)"):
+        read_approximator(path, D_MODEL)
+
+
 @pytest.mark.parametrize("keep", [0, 10, -200])
 def test_half_a_file_is_said_to_be_damaged(tmp_path: Path, linear: dict[str, Tensor], keep: int) -> None:
     path = saved(tmp_path / "adapter.pt", linear)
@@ -83,6 +92,8 @@ def test_effects_keep_their_rows_and_must_fit_each_other(tmp_path: Path) -> None
     assert torch.equal(found.vectors, vectors) and torch.equal(found.effects, effects)
     with pytest.raises(InputError, match=r"effects \[5, 40\]; expected features \[N, 12\] and effects \[N, 7\]"):
         read_effects(path, D_MODEL, 7)
+    with pytest.raises(InputError, match=r"effects \[\]; expected"):
+        read_effects(saved(path, {"features": vectors, "effects": torch.tensor(1.0)}), D_MODEL, None)
     with pytest.raises(InputError, match=r"expected features \[N, 12\] and effects \[N, d_sae\]"):
         read_effects(saved(path, {"features": vectors[:4], "effects": effects}), D_MODEL, None)
 
@@ -114,6 +125,8 @@ def test_a_rotation_that_reaches_the_map_neither_way_is_refused(tmp_path: Path) 
         read_rotation(saved(tmp_path / "R.pt", other), W_dec, M)
     with pytest.raises(InputError, match="is not a rotation"):
         read_rotation(saved(tmp_path / "R.pt", 2 * other), W_dec, M)
+    with pytest.raises(InputError, match="they belong to different SAEs"):
+        read_rotation(saved(tmp_path / "R.pt", other), W_dec[:-1], M)
     with pytest.raises(InputError, match=r"expected a tensor \[12, 12\]"):
         read_rotation(saved(tmp_path / "R.pt", other[:5]), W_dec, M)
 

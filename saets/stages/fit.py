@@ -50,9 +50,14 @@ def fit_approximator(session: Session) -> None:
         )
         advance(rows)
     failed = run.failures.ids() - set().union(*ids)
-    own = len(ids[0]) if tables[0] is run.effects else 0
+    published = run.manifest()["published"]["effects"] if tables[0] is run.published_effects else None
+    own = 0 if published else len(ids[0])
     report = {**report, "rows_own": own, "rows_shipped": rows - own, "rows_failed": len(failed)}
-    provenance = {**effect_settings(experiment), "fit": report}
+    if published:
+        report["effects_from"] = published
+        provenance = {"model": experiment.model.name, "hook_name": experiment.hook_name, "fit": report}
+    else:
+        provenance = {**effect_settings(experiment), "fit": report}
     EffectApproximator(approximator.M, approximator.b, provenance).save(run.approximator)
     run.write_fit(report)
     run.update_manifest(fit={"inputs": inputs})

@@ -19,6 +19,7 @@ from saets.records import VectorItem, unit, vector_id
 from saets.rows import Baseline, effect_rows
 from saets.sae import load_sae, sae_width
 from saets.stages.session import Session
+from saets.store import RunFolder
 from saets.tensors import write_tensors
 
 logger = logging.getLogger(__name__)
@@ -28,22 +29,38 @@ ROWS = 256
 
 
 def stands_in(session: Session) -> bool:
-    """Whether published files are used instead of measuring: the run has no effects of its own and none are asked for."""
-    spec, run = session.experiment.published, session.run
-    if spec is None or session.measure or session.experiment.effects.shipped or _mismatch(session.experiment, spec):
+    """Whether published files are used instead of measuring: the run has no effects of its own and none are asked for.
+
+    Raises:
+        InputError: the run's approximator is a published one that does not belong to this experiment.
+    """
+    experiment, run, spec = session.experiment, session.run, session.experiment.published
+    if spec is None or session.measure or experiment.effects.shipped:
         return False
-    return not any(table.shards() for table in (run.effects, run.baseline, run.waiting))
+    if any(table.shards() for table in (run.effects, run.baseline, run.waiting)):
+        return False
+    if mismatch := _mismatch(experiment, spec):
+        if _published(run):
+            raise InputError(
+                f"{run.approximator} was published for another experiment ({mismatch}); set that back, or give --out a new folder"
+            )
+        logger.warning("the files published at %s are not for this experiment (%s)", spec.repo, mismatch)
+    return not mismatch
 
 
 def use_published(session: Session) -> None:
-    """Make the published approximator that of the run, and say so; one that is there already is kept."""
-    if not session.run.approximator.is_file():
+    """Make the published approximator that of the run, and say so; one that was fitted here is kept."""
+    run, there = session.run, session.run.approximator.is_file()
+    if there and not _published(run):
+        return
+    if not there:
         logger.warning(
-            "%s holds no effects: taking the approximator published at %s; `saets run --measure` measures instead",
-            session.run.path,
+            "%s holds no effects: taking the approximator published at %s, measured by its authors and not by [effects] here; "
+            "`saets run --measure` measures instead",
+            run.path,
             _spec(session).repo,
         )
-        pull_approximator(session)
+    pull_approximator(session)
 
 
 def use_published_effects(session: Session) -> None:
@@ -65,7 +82,7 @@ def pull(session: Session, *, effects: bool = False) -> None:
     """
     run = session.run
     spec = _spec(session)
-    if run.approximator.is_file() and "published" not in run.manifest().get("fit", {}):
+    if run.approximator.is_file() and not _published(run):
         raise InputError(f"{run.path} holds an approximator that was fitted here; give --out a new folder for the published one")
     pull_approximator(session)
     if spec.rotation is not None:
@@ -77,25 +94,22 @@ def pull(session: Session, *, effects: bool = False) -> None:
 def pull_approximator(session: Session) -> None:
     """Make the published approximator that of the run; nothing is done where it is that already."""
     experiment, run, spec = session.experiment, session.run, _spec(session)
-    wanted = {"repo": spec.repo, "revision": spec.revision, "file": spec.approximator}
-    before = run.manifest().get("fit", {}).get("published", {})
-    if run.approximator.is_file() and wanted.items() <= before.items():
+    wanted = _wanted(spec, spec.approximator)
+    if wanted.items() <= run.manifest().get("fit", {}).get("published", {}).items() and _published(run):
         return
     fetched = hub.fetch(_source(spec), spec.approximator, session.progress)
     approximator = published.read_approximator(fetched.path, model_shape(experiment.model)[0])
     width = sae_width(experiment.sae)
     if width not in (None, len(approximator.b)):
         raise InputError(f"{spec.approximator} predicts {len(approximator.b)} features; the SAE has {width}")
-    origin = {**wanted, "commit": fetched.commit, "sha256": fetched.sha256}
-    report: dict[str, Any] = {"published": origin}
+    report: dict[str, Any] = {"published": {**wanted, "commit": fetched.commit, "sha256": fetched.sha256}}
     if spec.bias_direction is not None:
         path = hub.fetch(_source(spec), spec.bias_direction, session.progress).path
         cosine = published.bias_direction_cosine(path, approximator)
         report["bias_direction_cosine"] = cosine
         if cosine < 0.99:
-            logger.warning(
-                "%s has cosine %.3f with u(M b) of %s: they were made apart", spec.bias_direction, cosine, spec.approximator
-            )
+            names = spec.bias_direction, spec.approximator
+            logger.warning("cosine %.3f between %s and u(M b) of %s: they were made apart", cosine, *names)
     _save_approximator(session, approximator, report)
 
 
@@ -136,11 +150,17 @@ def pull_effects(session: Session) -> None:
     experiment, run, spec = session.experiment, session.run, _spec(session)
     if spec.effects is None:
         raise InputError(f"[published] of {experiment.name} names no effects; measure them with `saets effects`")
-    done = run.manifest().get("published", {}).get("effects", {})
-    if {"repo": spec.repo, "revision": spec.revision, "file": spec.effects}.items() <= done.items():
+    wanted = {**_wanted(spec, spec.effects), "dtype": experiment.effects.dtype}
+    before = run.manifest().get("published", {}).get("effects", {})
+    if wanted.items() <= before.items() and "rows" in before:
         return
     fetched = hub.fetch(_source(spec), spec.effects, session.progress)
     found = published.read_effects(fetched.path, model_shape(experiment.model)[0], sae_width(experiment.sae))
+    wanted |= {"commit": fetched.commit, "sha256": fetched.sha256}
+    if wanted != before:  # what is there was begun from another file
+        for shard in run.published_effects.shards():
+            shard.delete()
+        run.update_stage("published", {"effects": wanted})
     there, rows, left_out = run.published_effects.ids(), len(found.vectors), 0
     grid_end = experiment.effects.scale_grid[-1]
     nothing = Baseline(np.zeros(found.effects.shape[1], np.float32), float("nan"), None)
@@ -156,18 +176,8 @@ def pull_effects(session: Session) -> None:
             advance(len(found.vectors[part]))
     run.published_effects.compact()
     if left_out:
-        logger.warning(
-            "%d of %d rows of %s have no direction or numbers that are not finite; left out", left_out, rows, spec.effects
-        )
-    run.update_stage(
-        "published",
-        {
-            "effects": {
-                **{"repo": spec.repo, "revision": spec.revision, "file": spec.effects},
-                **{"commit": fetched.commit, "sha256": fetched.sha256, "rows": len(there), "left_out": left_out},
-            }
-        },
-    )
+        logger.warning("%d of %d rows of %s are zero or not finite; left out", left_out, rows, spec.effects)
+    run.update_stage("published", {"effects": {**wanted, "rows": len(there), "left_out": left_out}})
 
 
 def _measurements(vectors: torch.Tensor, effects: torch.Tensor, start: int, grid_end: float) -> tuple[list[Measurement], int]:
@@ -195,11 +205,25 @@ def _spec(session: Session) -> Published:
     return spec
 
 
+def _wanted(spec: Published, name: str) -> dict[str, Any]:
+    return {"repo": spec.repo, "repo_type": spec.repo_type, "revision": spec.revision, "file": name}
+
+
+def _published(run: RunFolder) -> bool:
+    """Whether the run's approximator is a published one; its own header knows, also after a kill."""
+    return run.approximator.is_file() and "published" in EffectApproximator.load(run.approximator).provenance
+
+
 def _mismatch(experiment: Experiment, spec: Published) -> str:
     """What the files were made for where that is not what the experiment has; empty where all agrees."""
-    made_for = {"model.name": spec.model, "sae.id": spec.sae_id, "hook_name": spec.hook_name}
-    here = {"model.name": experiment.model.name, "sae.id": experiment.sae.id, "hook_name": experiment.hook_name}
-    return "; ".join(f"{key} is {here[key]!r}, theirs {there!r}" for key, there in made_for.items() if here[key] != there)
+    pairs = {
+        "model.name": (experiment.model.name, spec.model),
+        "sae.release": (experiment.sae.release, spec.sae_release),
+        "sae.id": (experiment.sae.id, spec.sae_id),
+        "hook_name": (experiment.hook_name, spec.hook_name),
+        "effects.target_loss": (experiment.effects.target_loss, spec.target_loss),
+    }
+    return "; ".join(f"{key} is {here!r}, theirs {there!r}" for key, (here, there) in pairs.items() if here != there)
 
 
 def _source(spec: Published) -> hub.Source:

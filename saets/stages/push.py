@@ -1,40 +1,60 @@
-"""A run on the hub: approximator, effects, vectors and results in one commit, with a generated card."""
+"""A run on the hub: approximator, effects, vectors and results in one commit, with a generated card.
+
+What is pushed names no path of this machine and no password: paths become their last part, URIs lose user and options.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
 
 from saets import hub
 from saets.card import FILES, card
+from saets.config import Experiment
 from saets.errors import InputError
-from saets.stages.session import Session
-from saets.storage import Location
+from saets.experiment import load_experiment
+from saets.progress import Progress
+from saets.storage import Location, Where, is_uri, without_secrets
+from saets.store import RunFolder
+from saets.tensors import read_tensors
+
+FOLDERS = ("effects/", "vectors/")
+"""What a later push replaces as a whole."""
 
 
-def push(session: Session, target: hub.Source, *, private: bool = False, effects: bool = True) -> str:
-    """Upload what the run has; gives the address of the repository, which is made where there is none.
+def push(where: Where, target: hub.Source, progress: Progress, *, private: bool = False, effects: bool = True) -> str:
+    """Upload what a run folder has; gives the address of the repository, which is made where there is none.
+
+    The card takes the place of a README.md that is there; effects and vectors there that the run has no more are deleted.
 
     Raises:
-        InputError: neither approximator, vectors nor effects there; whatever `hub.push` finds wrong.
+        InputError: no run folder; neither approximator, vectors nor effects in it; whatever `hub.push` finds wrong.
     """
-    run = session.run
-    there = dict(_files(session, effects=effects))
-    if not any(name.startswith(("approximator", "vectors/", "effects/")) for name in there):
-        raise InputError(f"{run.path} holds nothing to push; run `saets run` or `saets fit` first")
-    fit = json.loads((run.path / "fit.json").read_text()) if "fit.json" in there else None
-    text = card(session.experiment, target, list(there), fit, run.manifest())
-    files: dict[str, Path | bytes] = {name: location.local or location.read_bytes() for name, location in there.items()}
-    with session.progress.stage(f"pushing to {target}", len(files), 0, "files") as advance:
-        url = hub.push(target, {**files, "README.md": text.encode()}, f"{session.experiment.name}, by saets", private=private)
-        advance(len(files))
+    run = RunFolder(where)
+    experiment = load_experiment(run.path)
+    with run.locked(), tempfile.TemporaryDirectory(prefix="saets-push-") as folder:
+        there = dict(_files(run, effects=effects))
+        if not any(name.startswith(("approximator", *FOLDERS)) for name in there):
+            raise InputError(f"{run.path} holds nothing to push; run `saets run` or `saets fit` first")
+        fit = json.loads((run.path / "fit.json").read_text()) if "fit.json" in there else None
+        files = {name: _shareable_file(name, location, experiment, Path(folder)) for name, location in there.items()}
+        shown = Experiment.model_validate(shareable(experiment.model_dump(mode="json", exclude_none=True)))
+        files["README.md"] = card(shown, target, list(there), fit, run.manifest()).encode()
+        with progress.stage(f"pushing to {target}", len(files), 0, "files") as advance:
+            url = hub.push(target, files, f"{experiment.name}, by saets", owned=FOLDERS, private=private)
+            advance(len(files))
     return url
 
 
-def _files(session: Session, *, effects: bool) -> Iterator[tuple[str, Location]]:
+def _files(run: RunFolder, *, effects: bool) -> Iterator[tuple[str, Location]]:
     """Names in the repository, and what is in them."""
-    run = session.run
     there = run.path.entries()
     yield from ((name, run.path / name) for name in FILES if name in there)
     folder = run.path / "vectors"
@@ -42,3 +62,36 @@ def _files(session: Session, *, effects: bool) -> Iterator[tuple[str, Location]]
     if effects:
         yield from ((f"effects/{shard.name}", shard) for shard in run.effects.shards())
         yield from ((f"effects/baseline/{shard.name}", shard) for shard in run.baseline.shards())
+
+
+def _shareable_file(name: str, location: Location, experiment: Experiment, folder: Path) -> Path | bytes:
+    """The file as it goes up; one of an object store is copied to this machine, since effects may not fit into memory."""
+    if name == "experiment.toml":
+        settings = experiment.model_dump(mode="json", exclude_none=True)
+        settings["judge"].pop("base_url", None)
+        return Experiment.model_validate(shareable(settings)).to_toml().encode()
+    if name.endswith(".json"):
+        return json.dumps(shareable(json.loads(location.read_text())), indent=1).encode()
+    if name.endswith(".safetensors"):
+        tensors, header = read_tensors(location, f"{location} is gone")
+        if "provenance" in header:
+            header["provenance"] = json.dumps(shareable(json.loads(header["provenance"])), sort_keys=True)
+        return save(tensors, metadata=header)
+    if location.local is not None:
+        return location.local
+    copy = folder / name.replace("/", "-")
+    copy.write_bytes(location.read_bytes())
+    return copy
+
+
+def shareable(value: Any) -> Any:
+    """The same JSON-like value, with paths of this machine and secrets in URIs taken out of its texts."""
+    if isinstance(value, dict):
+        return {shareable(key): shareable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if is_uri(value):
+        return re.sub("//[^/@]*@", "//", without_secrets(value))
+    return Path(value).name if os.path.isabs(value) else value
