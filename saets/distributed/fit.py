@@ -189,9 +189,12 @@ def _train(config: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, np.ndarr
 def _ridge(share: Share) -> Solution:
     """The exact solution from moments; the penalty of least held-out error is used on all rows together."""
     train, held_out = share.moments
-    penalty, errors = choose_penalty(train, held_out, share.settings.penalties)
+    path = RidgePath(train)
+    penalty, errors = choose_penalty(path, held_out, share.settings.penalties)
+    to_score = path.fit(penalty)
+    train += held_out
     report = {"penalty": penalty, "held_out_mse_by_penalty": errors}
-    return Solution(RidgePath(train).fit(penalty), RidgePath(train + held_out).fit(penalty), report)
+    return Solution(to_score, RidgePath(train).fit(penalty), report)
 
 
 def _adam(share: Share) -> Solution:
