@@ -21,7 +21,7 @@ def dataset(rows: MeasuredRows, which: Which | None = None, *, workers: int = 1)
     for it.
     """
     source = Shards(rows, which)
-    tasks = ray.data.TaskPoolStrategy(size=AT_ONCE * max(workers, 1))
+    tasks = ray.data.TaskPoolStrategy(size=min(AT_ONCE * max(workers, 1), len(rows.parts)))
     made = ray.data.read_datasource(source, override_num_blocks=len(rows.parts), num_cpus=0, compute=tasks)
     made.context.enable_progress_bars = False
     return made
