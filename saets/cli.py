@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if not options.verbose:
         warnings.filterwarnings("ignore")
-        for name in ("transformers", "huggingface_hub", "sae_lens"):
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it sets its own level when it is imported
+        for name in ("transformers", "sae_lens"):
             logging.getLogger(name).setLevel(logging.ERROR)
     _read_env()
     command: Callable[[argparse.Namespace], int | None] = options.command
@@ -86,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     add("evaluate", _evaluate, "write and grade steered text, both at once")
     add("plot", _plot, "draw the plots of what is graded")
     add("doctor", _doctor, "check that hooks, logits and effects are what the method takes for granted")
+    pull = add("pull", _pull, "fetch the published files that an experiment names into its run folder")
+    pull.add_argument("--effects", action="store_true", help="also the measured effects, which may take gigabytes")
+    push = add("push", _push, "put a run's approximator, vectors, effects and results on the hub")
+    push.add_argument("repo", metavar="OWNER/NAME")
+    push.add_argument("--repo-type", choices=("dataset", "model"), default="dataset")
+    push.add_argument("--private", action="store_true", help="where the repository is new, for you alone")
+    push.add_argument("--no-effects", action="store_true", help="leave the measured effects out")
     steer = _add_vector_choice(add("steer", _steer, "show unsteered and steered text side by side"))
     steer.add_argument("--scale", type=float, action="append", required=True, help="L2 length to add; may be given several times")
     steer.add_argument("--prompt", default="I think")
@@ -136,6 +145,26 @@ def _fit(options: argparse.Namespace) -> None:
     with _session(options) as session:
         fit_approximator(session)
         _show_fit(session)
+
+
+def _pull(options: argparse.Namespace) -> None:
+    from saets.stages.pull import pull
+
+    with _session(options) as session:
+        pull(session, effects=options.effects)
+        _show_fit(session)
+        if session.run.published_effects.shards():
+            _show_path("published effects", session.run.published_effects.folder)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from saets.hub import Source
+    from saets.stages.push import push
+
+    with _session(options) as session:
+        target = Source(options.repo, options.repo_type)
+        url = push(session, target, private=options.private, effects=not options.no_effects)
+        console.print(f"pushed to {url}", markup=False)
 
 
 def _vectors(options: argparse.Namespace) -> None:
@@ -309,6 +338,10 @@ def _show_fit(session: Session) -> None:
     import json
 
     report = json.loads((session.run.path / "fit.json").read_text())
+    if origin := report.get("published"):
+        console.print(f"approximator: {origin['file']} of {origin['repo']}, commit {origin['commit'][:12]}", markup=False)
+        _show_path("approximator", session.run.approximator)
+        return
     held_out = report["held_out"]
     console.print(
         f"approximator: {report['rows_train'] + report['rows_held_out']} rows ({report['rows_own']} measured here, "

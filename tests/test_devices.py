@@ -15,7 +15,7 @@ from accelerate import dispatch_model
 from torch import nn
 
 from saets import model as loading
-from saets.config import Experiment, Model, RandomWeights
+from saets.config import Experiment
 from saets.doctor import examine
 from saets.effects import EffectWorker, Measurement, describe
 from saets.engine import machine
@@ -27,6 +27,7 @@ from saets.engine.rollout import RolloutEngine
 from saets.generation import SteeringWorker
 from saets.goal import load_goal
 from saets.judge.local import Coherence
+from saets.model_config import Model, RandomWeights
 from saets.sources import vector_items
 from tests.engine.test_decoder import CONFIGS, vectors
 from tests.pretended import pretended_devices

@@ -23,7 +23,7 @@ from saets.store import RunFolder, read_shard
 pytestmark = pytest.mark.ray
 
 SOURCES = "effects.sources=[{kind='decoder'}, {kind='random', count=300}]"
-SETTINGS = ("model.dtype=float32", "model.device=cpu", "execution.rows=24", SOURCES)
+SETTINGS = ("model.dtype=float32", "model.device=cpu", "execution.rows=24", "execution.actors=1", SOURCES)
 VECTORS = 64 + 300
 
 

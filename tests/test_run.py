@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from saets.approximator import EffectApproximator
 from saets.cli import main
-from saets.config import RandomWeights
 from saets.distributed.cluster import Cluster
 from saets.experiment import load_experiment
 from saets.model import random_llama
+from saets.model_config import RandomWeights
 from saets.storage import locate
 from saets.store import RunFolder
 from tests.chat_server import KEY, Server, says
@@ -185,15 +185,6 @@ def test_effects_do_not_depend_on_the_number_of_actors_or_on_resuming(finished: 
         assert np.array_equal(one[column].to_numpy(), two[column].to_numpy())
     plain = [name for name in one.columns if name not in ("vector", "effect")]
     assert one.select(plain).equals(two.select(plain))
-
-
-def test_two_ray_train_workers_fit_what_one_process_fits(finished: Path, folder: Path) -> None:
-    alone = EffectApproximator.load(finished / "approximator.safetensors")
-    (finished / "approximator.safetensors").unlink()
-    assert run(folder, finished, "fit.workers=2", command="fit") == 0
-    together = EffectApproximator.load(finished / "approximator.safetensors")
-    assert torch.allclose(alone.M, together.M, atol=1e-5)
-    assert torch.allclose(alone.b, together.b, atol=1e-5)
 
 
 def test_more_gpus_than_any_node_has_is_said_at_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

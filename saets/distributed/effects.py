@@ -155,8 +155,9 @@ def _one_pass(
             max_task_retries=TASK_RETRIES,
         )
     ended = False
-    bundles = results.iter_internal_ref_bundles()  # in this thread, so that stopping here stops the Dataset before Ray goes
+    bundles: Any = None
     try:
+        bundles = results.iter_internal_ref_bundles()  # in this thread, so that stopping here stops the Dataset before Ray goes
         for bundle in bundles:
             for batch in _rows_of(bundle):
                 if worker := batch["worker"][0].as_py():

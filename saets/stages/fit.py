@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from saets.approximator import EffectApproximator
@@ -10,17 +9,23 @@ from saets.config import Fit, settings_hash
 from saets.distributed import fit as distributed
 from saets.errors import InputError
 from saets.measured import MeasuredRows
+from saets.stages.pull import stands_in, use_published_effects
 from saets.stages.session import Session, effect_settings
 
 
 def fit_approximator(session: Session) -> None:
     """Fit M and b as a Ray Train job; nothing is done where rows and settings are those of the last fit.
 
+    Where the run has no effects and the experiment names some on the hub, those are fetched and fitted.
+
     Raises:
         InputError: no effects yet, too few to fit and hold some out, of different shapes, or not finite.
     """
     experiment, run, shipped = session.experiment, session.run, session.shipped()
     tables = [run.effects, *([shipped.effects] if shipped else [])]
+    if stands_in(session):
+        use_published_effects(session)
+        tables = [run.published_effects]
     ids = [sorted(table.ids()) for table in tables]
     rows = sum(map(len, ids))
     inputs = settings_hash([fit_settings(experiment.fit), experiment.seed, ids])
@@ -39,11 +44,12 @@ def fit_approximator(session: Session) -> None:
         )
         advance(rows)
     failed = run.failures.ids() - set().union(*ids)
-    report = {**report, "rows_own": len(ids[0]), "rows_shipped": rows - len(ids[0]), "rows_failed": len(failed)}
+    own = len(ids[0]) if tables[0] is run.effects else 0
+    report = {**report, "rows_own": own, "rows_shipped": rows - own, "rows_failed": len(failed)}
     provenance = {**effect_settings(experiment), "fit": report}
     EffectApproximator(approximator.M, approximator.b, provenance).save(run.approximator)
-    (run.path / "fit.json").write_text(json.dumps(report, indent=1) + "\n")
-    run.update_stage("fit", {"inputs": inputs})
+    run.write_fit(report)
+    run.update_manifest(fit={"inputs": inputs})
 
 
 def fit_settings(fit: Fit) -> dict[str, Any]:

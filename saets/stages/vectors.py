@@ -19,6 +19,7 @@ from saets.errors import InputError
 from saets.goal import Features, Goal, goal_features
 from saets.model import model_shape
 from saets.sae import load_sae
+from saets.stages.pull import stands_in, use_published
 from saets.stages.session import Session, model_settings
 from saets.vector import SteeringVector
 
@@ -29,11 +30,15 @@ Pair = tuple[str, str]
 def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
     """Vectors of every goal and method, in the experiment's order; those whose ingredients did not change are kept.
 
+    Where the run has no approximator and no effects, the one that the experiment names on the hub is fetched.
+
     Raises:
-        InputError: no approximator yet, features outside the SAE, a direction of length zero.
+        InputError: no approximator, features outside the SAE, a direction of length zero.
     """
     experiment, run = session.experiment, session.run
     goals = {goal.id: goal for goal in check_goals(experiment)}
+    if any(methods.needs(method, "approximator") for method in experiment.steering.methods) and stands_in(session):
+        use_published(session)
     wanted = {
         (name, method): _inputs(session, goal, method) for name, goal in goals.items() for method in experiment.steering.methods
     }

