@@ -38,8 +38,7 @@ class Shards(ray.data.Datasource):
     def supports_distributed_reads(self) -> bool:
         """Whether any node may read: that of a path cannot be known, so a path is read on the driver's node, a URI by all.
 
-        A path on a file system that all nodes share would do, but nothing tells it from one that is there on this node alone,
-        and one node decompresses faster than a fit takes rows.
+        A path on a file system that all nodes share would do, but nothing tells it from one that is there on this node alone.
         """
         return all(part.shard.local is None for part in self._rows.parts)
 
