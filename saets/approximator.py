@@ -7,7 +7,7 @@ eigendecomposition of the centred Gram matrix gives every penalty, and the held-
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from saets.errors import InputError
-from saets.shapes import Float
+from saets.shapes import Bool, Float
 from saets.storage import Where
 from saets.tensors import read_tensors, write_tensors
+
+BLOCK = 4096
+"""Features worked on at once: 117 MB of float64 where d_model is 3,584."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,26 @@ class Moments:
     """Sums over rows that determine the fit: N, X'1, Y'1, X'X, X'Y and ||Y||^2, in float64, and how many rows they are.
 
     A row of weight w counts as w rows would, and N is the sum of the weights. Adding up the tensors of two `Moments` gives the
-    moments of both sets of rows, so workers need only an all-reduce.
+    moments of both sets of rows, so workers need only an all-reduce. X'Y takes 8 d_model d_sae bytes and is nowhere copied:
+    all work goes by blocks of `block` features, of 8 d_model block bytes each.
     """
 
-    def __init__(self, d_model: int, d_sae: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, d_model: int, d_sae: int, device: torch.device | str = "cpu", *, block: int = BLOCK) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         self.rows, self.n, self.x, self.y = zeros(1), zeros(1), zeros(d_model), zeros(d_sae)
         self.xx, self.xy, self.yy = zeros(d_model, d_model), zeros(d_model, d_sae), zeros(1)
+        self._block = block
 
     def tensors(self) -> list[Tensor]:
         """The sums themselves, to be added up in place."""
         return [self.rows, self.n, self.x, self.y, self.xx, self.xy, self.yy]
+
+    def blocks(self) -> Iterator[slice]:
+        """Features, a block after the other."""
+        for start in range(0, self.y.numel(), self._block):
+            yield slice(start, start + self._block)
 
     def add(
         self,
@@ -84,47 +94,70 @@ class Moments:
         Raises:
             InputError: NaN or infinity in the rows.
         """
+        bad = int((~finite_rows(vectors, effects)).sum())
+        if bad:
+            raise InputError(f"{bad} of {len(effects)} rows to fit hold NaN or infinity; measure those vectors again")
         x = torch.nn.functional.normalize(vectors.double(), dim=-1)
-        y = effects.double()
-        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
-            raise InputError("effects to fit hold NaN or infinity; measure those rows again")
         weight = torch.ones_like(x[:, 0]) if weights is None else weights.double()
         weighted = weight[:, None] * x
         self.rows += (weight > 0).sum()
         self.n += weight.sum()
         self.x += weighted.sum(0)
-        self.y += weight @ y
-        self.xx += weighted.T @ x
-        self.xy += weighted.T @ y
-        self.yy += weight @ y.square().sum(1)
+        self.xx.addmm_(weighted.T, x)
+        for features in self.blocks():
+            y = effects[:, features].double()
+            self.y[features] += weight @ y
+            self.xy[:, features].addmm_(weighted.T, y)
+            self.yy += weight @ y.square().sum(1)
 
-    def __add__(self, other: Moments) -> Moments:
-        total = Moments(*self.xy.shape, device=self.xy.device)
-        for mine, a, b in zip(total.tensors(), self.tensors(), other.tensors(), strict=True):
-            mine += a + b
-        return total
+    def __iadd__(self, other: Moments) -> Moments:
+        for mine, others in zip(self.tensors(), other.tensors(), strict=True):
+            mine += others
+        return self
 
-    def centred(self, x_mean: Tensor, y_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gram [d, d], cross [d, n] and squared length of Y of these rows about the given means."""
-        gram = self.xx - torch.outer(self.x, x_mean) - torch.outer(x_mean, self.x) + self.n * torch.outer(x_mean, x_mean)
-        cross = self.xy - torch.outer(self.x, y_mean) - torch.outer(x_mean, self.y) + self.n * torch.outer(x_mean, y_mean)
-        energy = self.yy - 2 * self.y @ y_mean + self.n * y_mean @ y_mean
-        return gram, cross, energy
+    def gram(self, x_mean: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model d_model"]:
+        """X'X of these rows about the given mean."""
+        return self.xx - torch.outer(self.x, x_mean) - torch.outer(x_mean, self.x) + self.n * torch.outer(x_mean, x_mean)
+
+    def cross(
+        self, x_mean: Float[Tensor, " d_model"], y_mean: Float[Tensor, " d_sae"], features: slice
+    ) -> Float[Tensor, "d_model block"]:
+        """X'Y of these rows about the given means, for some features."""
+        left = torch.stack([self.x - self.n * x_mean, x_mean], 1)
+        return torch.addmm(self.xy[:, features], left, torch.stack([y_mean[features], self.y[features]]), alpha=-1)
+
+    def energy(self, y_mean: Float[Tensor, " d_sae"]) -> Float[Tensor, " 1"]:
+        """||Y||^2 of these rows about the given mean."""
+        return self.yy - 2 * self.y @ y_mean + self.n * y_mean @ y_mean
+
+
+def finite_rows(vectors: Float[Tensor, "rows d_model"], effects: Float[Tensor, "rows d_sae"]) -> Bool[Tensor, " rows"]:
+    """Which rows hold neither NaN nor infinity."""
+    return torch.isfinite(vectors).all(1) & torch.isfinite(effects).all(1)
 
 
 class RidgePath:
-    """All penalties of one training set, from one eigendecomposition."""
+    """All penalties of one training set, from one eigendecomposition.
+
+    It reads X'Y of `train` again for each fit, so it holds only as long as those sums are left as they are.
+
+    Raises:
+        InputError: fewer than two rows.
+    """
 
     def __init__(self, train: Moments) -> None:
         if train.rows.item() < 2:
             raise InputError(f"{int(train.rows.item())} rows to fit; at least 2 are needed: measure more vectors")
+        self._train = train
         self.x_mean, self.y_mean = train.x / train.n, train.y / train.n
-        gram, cross, _ = train.centred(self.x_mean, self.y_mean)
-        self.eigenvalues, self._basis = torch.linalg.eigh(gram)
+        self.eigenvalues, self._basis = torch.linalg.eigh(train.gram(self.x_mean))
         self.eigenvalues = self.eigenvalues.clamp(min=0)
-        self._projected = self._basis.T @ cross
         self.unit = self.eigenvalues.mean()
         """A penalty of 1 is this much."""
+
+    def _projected(self, rows: Moments, features: slice) -> Tensor:
+        """X'Y of rows about the training means, in the basis of eigenvectors, for some features."""
+        return self._basis.T @ rows.cross(self.x_mean, self.y_mean, features)
 
     def _weights(self, penalty: float) -> Tensor:
         total = self.eigenvalues + penalty * self.unit
@@ -132,15 +165,24 @@ class RidgePath:
 
     def fit(self, penalty: float, **provenance: Any) -> EffectApproximator:
         """The approximator at one penalty; 0 is the least-squares solution of least norm."""
-        M = self._basis @ (self._weights(penalty)[:, None] * self._projected)
-        b = self.y_mean - self.x_mean @ M
-        return EffectApproximator(M.float(), b.float(), provenance)
+        weights = self._weights(penalty)[:, None]
+        M = torch.empty(self._train.xy.shape, dtype=torch.float32, device=weights.device)
+        b = torch.empty(self._train.y.shape, dtype=torch.float32, device=weights.device)
+        for features in self._train.blocks():
+            exact = self._basis @ self._projected(self._train, features).mul_(weights)
+            M[:, features] = exact
+            b[features] = (self.y_mean[features] - self.x_mean @ exact).float()
+        return EffectApproximator(M, b, provenance)
 
     def held_out_errors(self, held_out: Moments, penalties: Iterable[float]) -> list[float]:
-        """Squared error over the held-out rows and all features at each penalty, O(d^2) each."""
-        gram, cross, energy = held_out.centred(self.x_mean, self.y_mean)
-        a = (self._projected * (self._basis.T @ cross)).sum(1)
-        curvature = (self._basis.T @ gram @ self._basis) * (self._projected @ self._projected.T)
+        """Squared error over the held-out rows and all features at each penalty, O(d^2) each after one pass over X'Y."""
+        a, outer = torch.zeros_like(self.eigenvalues), torch.zeros_like(self._basis)
+        for features in self._train.blocks():
+            P = self._projected(self._train, features)
+            outer.addmm_(P, P.T)
+            a += P.mul_(self._projected(held_out, features)).sum(1)
+        curvature = (self._basis.T @ held_out.gram(self.x_mean) @ self._basis) * outer
+        energy = held_out.energy(self.y_mean)
         errors = []
         for penalty in penalties:
             w = self._weights(penalty)
@@ -148,9 +190,9 @@ class RidgePath:
         return errors
 
 
-def choose_penalty(train: Moments, held_out: Moments, penalties: Sequence[float]) -> tuple[float, dict[str, float]]:
+def choose_penalty(path: RidgePath, held_out: Moments, penalties: Sequence[float]) -> tuple[float, dict[str, float]]:
     """The penalty of least held-out error, and the mean squared error of each penalty by its text."""
-    errors = RidgePath(train).held_out_errors(held_out, penalties)
+    errors = path.held_out_errors(held_out, penalties)
     entries = held_out.n.item() * held_out.y.numel()
     best = min(range(len(penalties)), key=errors.__getitem__)
     return penalties[best], {f"{p:.6g}": e / entries for p, e in zip(penalties, errors, strict=True)}

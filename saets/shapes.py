@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 else:
     try:
-        from jaxtyping import Float, Int
+        from jaxtyping import Bool, Float, Int
     except ImportError:
-        Float = Int = None
+        Bool = Float = Int = None
 
-__all__ = ["Float", "Int"]
+__all__ = ["Bool", "Float", "Int"]

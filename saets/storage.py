@@ -200,6 +200,16 @@ class Location:
         with self._failing("delete"), contextlib.suppress(FileNotFoundError):
             self._filesystem.delete_file(self._path)
 
+    def delete_folder(self) -> None:
+        """Delete the folder and all in it; nothing where there is none."""
+        with self._failing("delete"), contextlib.suppress(FileNotFoundError):
+            self._filesystem.delete_dir(self._path)
+
+    @property
+    def for_pyarrow(self) -> tuple[FileSystem, str]:
+        """pyarrow's file system, and the path there, for a library that writes by itself."""
+        return self._filesystem, self._path
+
     def _put(self, path: str, content: bytes) -> None:
         """All in one write: an upload is completed only after every part of it has arrived."""
         with self._filesystem.open_output_stream(path) as file:

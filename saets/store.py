@@ -14,7 +14,7 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
@@ -133,9 +133,20 @@ def read_shard(shard: Location, columns: Sequence[str] | None = None) -> pa.Tabl
     Raises:
         InputError: it is gone, or the storage fails.
     """
+    with open_shard(shard) as file:
+        return file.read(list(columns) if columns else None)
+
+
+@contextlib.contextmanager
+def open_shard(shard: Location) -> Iterator[pq.ParquetFile]:
+    """A shard that `Table.shards` named, to read some of it.
+
+    Raises:
+        InputError: it is gone, or the storage fails, here or while it is read.
+    """
     try:
-        with shard.open() as file:
-            return pq.read_table(file, columns=list(columns) if columns else None)
+        with shard.open() as content, pq.ParquetFile(content) as file:
+            yield file
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {shard}: {' '.join(str(error).split())}; run the same command again") from error
 
@@ -192,6 +203,11 @@ class RunFolder:
     def grades(self, goal: str, settings: str) -> Table:
         """Grades of one goal by one judge; `settings` is the hash of what the judge was told."""
         return Table(self.path / "grades" / f"{goal}-{settings}", ["generation_id", "criterion"])
+
+    @property
+    def fitting(self) -> Location:
+        """Folder of what a fit's workers keep while it runs."""
+        return self.path / ".fitting"
 
     @property
     def approximator(self) -> Location:

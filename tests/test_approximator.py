@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from saets.approximator import EffectApproximator, Moments, RidgePath, choose_penalty
 from saets.errors import InputError
@@ -46,6 +48,10 @@ def moments(data: Rows) -> Moments:
     found = Moments(D_MODEL, D_SAE)
     found.add(data.vectors, data.Y)
     return found
+
+
+def path(data: Rows) -> RidgePath:
+    return RidgePath(moments(data))
 
 
 def solved(data: Rows, penalty: float) -> tuple[Tensor, Tensor]:
@@ -118,7 +124,7 @@ def test_the_chosen_penalty_is_the_one_of_least_held_out_error_a_number(noise: f
     for penalty in penalties:
         M, b = solved(train, penalty)
         expected[penalty] = (held_out.Y - (held_out.X @ M + b)).square().mean().item()
-    best, errors = choose_penalty(moments(train), moments(held_out), penalties)
+    best, errors = choose_penalty(path(train), moments(held_out), penalties)
     assert best == min(expected, key=expected.__getitem__)
     assert list(errors) == ["0.0001", "0.01", "1", "10"]
     assert list(errors.values()) == pytest.approx(list(expected.values()), rel=1e-6, abs=1e-12)
@@ -126,8 +132,8 @@ def test_the_chosen_penalty_is_the_one_of_least_held_out_error_a_number(noise: f
 
 def test_noise_asks_for_a_larger_penalty_than_none() -> None:
     penalties = [1e-4, 1e-2, 1.0, 10.0]
-    without, _ = choose_penalty(moments(rows(30, 7)), moments(rows(50, 8)), penalties)
-    with_noise, _ = choose_penalty(moments(rows(9, 7, noise=3.0)), moments(rows(50, 8, noise=3.0)), penalties)
+    without, _ = choose_penalty(path(rows(30, 7)), moments(rows(50, 8)), penalties)
+    with_noise, _ = choose_penalty(path(rows(9, 7, noise=3.0)), moments(rows(50, 8, noise=3.0)), penalties)
     assert without == 1e-4
     assert with_noise > 1e-2
 
@@ -138,7 +144,9 @@ def test_the_moments_of_two_parts_add_up_to_those_of_the_whole() -> None:
     in_pieces = Moments(D_MODEL, D_SAE)
     for part in (first, second):
         in_pieces.add(part.vectors, part.Y)
-    for added in (moments(first) + moments(second), in_pieces):
+    summed = moments(first)
+    summed += moments(second)
+    for added in (summed, in_pieces):
         for mine, expected in zip(added.tensors(), moments(whole).tensors(), strict=True):
             assert torch.allclose(mine, expected, rtol=1e-12, atol=1e-12)
 
@@ -169,13 +177,63 @@ def test_rows_of_weight_zero_are_as_if_they_were_not_there() -> None:
         assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_adding_moments_leaves_both_as_they_were() -> None:
+def test_adding_moments_makes_no_third_copy_and_leaves_the_other_as_it_was() -> None:
     first, second = moments(rows(5, 10)), moments(rows(6, 11))
-    before = [tensor.clone() for tensor in first.tensors()]
-    _ = first + second
-    assert all(torch.equal(now, then) for now, then in zip(first.tensors(), before, strict=True))
-    assert first.n.item() == 5
-    assert second.n.item() == 6
+    before, place = [tensor.clone() for tensor in second.tensors()], first.xy.data_ptr()
+    first += second
+    assert all(torch.equal(now, then) for now, then in zip(second.tensors(), before, strict=True))
+    assert first.n.item() == 11
+    assert first.xy.data_ptr() == place
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 9, 100])
+def test_a_fit_by_blocks_of_features_equals_one_of_all_at_once(block: int) -> None:
+    train, held_out = (Moments(D_MODEL, D_SAE, block=block) for _ in range(2))
+    for found, data in ((train, rows(30, 20, noise=0.4)), (held_out, rows(13, 21, noise=0.4))):
+        found.add(data.vectors, data.Y)
+        for mine, whole in zip(found.tensors(), moments(data).tensors(), strict=True):
+            assert torch.allclose(mine, whole, rtol=1e-12, atol=1e-12)
+    penalties = [1e-4, 0.3, 100.0]
+    whole_path = path(rows(30, 20, noise=0.4))
+    expected = whole_path.held_out_errors(moments(rows(13, 21, noise=0.4)), penalties)
+    assert RidgePath(train).held_out_errors(held_out, penalties) == pytest.approx(expected, rel=1e-9)
+    assert torch.allclose(RidgePath(train).fit(0.3).M, whole_path.fit(0.3).M, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(RidgePath(train).fit(0.3).b, whole_path.fit(0.3).b, rtol=1e-6, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes; views of another's memory do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return made
+
+
+def test_beyond_the_sums_and_m_no_tensor_is_larger_than_a_block() -> None:
+    """8 d_model block bytes, where the sums take 8 d_model d_sae and M half of that."""
+    d_model, d_sae, block, n = 16, 4096, 64, 8
+    train, held_out = (Moments(d_model, d_sae, block=block) for _ in range(2))
+    generator = torch.Generator().manual_seed(22)
+    vectors, effects = torch.randn(n, d_model, generator=generator), torch.randn(n, d_sae, generator=generator).half()
+    with Largest() as adding:
+        train.add(vectors, effects)
+        held_out.add(vectors, effects)
+        train += held_out
+    assert adding.bytes <= max(2 * n * d_sae, 8 * d_sae), "no more than the rows given"
+    with Largest() as choosing:
+        choose_penalty(RidgePath(train), held_out, [0.1, 1.0])
+    assert choosing.bytes <= max(8 * d_model * block, 8 * d_sae)
+    with Largest() as fitting:
+        RidgePath(train).fit(0.1)
+    assert fitting.bytes == 4 * d_model * d_sae, "M itself"
 
 
 def test_the_fit_depends_neither_on_the_order_nor_on_the_length_of_the_vectors() -> None:

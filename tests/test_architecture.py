@@ -29,6 +29,7 @@ FLOORS = (
         "model",
         "sae",
         "store",
+        "measured",
         "plots",
         "published",
         "card",

@@ -19,8 +19,6 @@ from pyarrow.fs import FileSystem
 from saets.config import Experiment
 from saets.errors import InputError
 from saets.experiment import load_experiment
-from saets.rows import tensor_column
-from saets.stages.fit import measured_rows
 from saets.storage import Location, Where, locate
 from saets.store import Appender, RunFolder, Table, differing_keys, read_shard
 
@@ -376,18 +374,3 @@ def test_large_shards_are_left_alone(table: Table, monkeypatch: pytest.MonkeyPat
     before = names(table.folder)
     table.compact()
     assert names(table.folder) == before
-
-
-def test_rows_that_two_writers_both_wrote_are_fitted_once(place: Location) -> None:
-    def measured(*ids: str) -> pa.Table:
-        vectors = tensor_column([np.full(2, len(name), np.float32) for name in ids])
-        facts = {"standard_error": [0.1] * len(ids), "calibration": ["ok"] * len(ids)}
-        return pa.table({"vector_id": list(ids), "vector": vectors, "effect": vectors, **facts})
-
-    own, shipped = Table(place / "own", ["vector_id"]), Table(place / "shipped", ["vector_id"])
-    own.write(measured("a", "bb"))
-    own.write(measured("bb", "ccc"))
-    shipped.write(measured("a", "dddd"))
-    parts = list(measured_rows([own, shipped]))
-    assert [part["vector_id"].to_pylist() for part in parts] == [["bb", "ccc"], ["a"], ["dddd"]]
-    assert [part["vector"].combine_chunks().to_numpy_ndarray()[:, 0].tolist() for part in parts] == [[2, 3], [1], [4]]

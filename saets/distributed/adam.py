@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ray.train
 import ray.train.torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from saets.approximator import EffectApproximator
 from saets.config import Fit
-from saets.errors import InputError
+from saets.distributed.together import of_all_workers, sum_over_workers, workers
 
 STATE = "state.pt"
 """File of a checkpoint: the map, Adam's moments and the loss of each epoch so far."""
@@ -59,9 +59,7 @@ def descend(rows: Sequence[TrainingRows], settings: Fit, seed: int, d_model: int
         rows = [TrainingRows([], *(torch.zeros(shape, device=device) for shape in ((0, d_model), (0, d_sae), 0)))]
     vectors = nn.functional.normalize(torch.cat([part.vectors for part in rows]).float(), dim=-1)
     effects, weights = torch.cat([part.effects for part in rows]), torch.cat([part.weights for part in rows])
-    if not (torch.isfinite(vectors).all() and torch.isfinite(effects).all()):
-        raise InputError("effects to fit hold NaN or infinity; measure those rows again")
-    everyone = sorted(_of_all_workers(list(zip(ids, weights.tolist(), strict=True))))
+    everyone = sorted(of_all_workers(list(zip(ids, weights.tolist(), strict=True))))
     all_weights = torch.tensor([weight for _, weight in everyone], dtype=torch.float64)
     places = {vector_id: place for place, (vector_id, _) in enumerate(everyone)}
     mine = torch.tensor([places[vector_id] for vector_id in ids], dtype=torch.long)
@@ -72,7 +70,7 @@ def descend(rows: Sequence[TrainingRows], settings: Fit, seed: int, d_model: int
     model = ray.train.torch.prepare_model(linear) if settings.workers else linear
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, fused=True)
     losses = _resume(linear, optimiser, device)
-    resumed_at, workers = len(losses), _workers()
+    resumed_at = len(losses)
     for epoch in range(resumed_at, settings.epochs):
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
@@ -85,11 +83,10 @@ def descend(rows: Sequence[TrainingRows], settings: Fit, seed: int, d_model: int
             errors = (model(vectors[part]) - effects[part].float()).square().sum(1)
             error = errors @ weights[part].float()
             optimiser.zero_grad()
-            (error * (workers / (total * d_sae))).backward()  # DDP takes the mean over workers
+            (error * (workers() / (total * d_sae))).backward()  # DDP takes the mean over workers
             optimiser.step()
             squares += error.detach()
-        if workers > 1:
-            torch.distributed.all_reduce(squares)
+        sum_over_workers([squares])
         losses.append(squares.item() / (all_weights.sum().item() * d_sae))
         _report(linear, optimiser, losses, in_driver=not settings.workers)
     approximator = EffectApproximator(linear.weight.detach().T.contiguous(), linear.bias.detach())
@@ -100,19 +97,6 @@ def _batches(rows: int, size: int, seed: int, epoch: int) -> Tensor:
     """The batch of each row in this epoch."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(2**20 * seed + epoch))
     return order.argsort() // size
-
-
-def _workers() -> int:
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if grouped else 1
-
-
-def _of_all_workers(items: list[Any]) -> list[Any]:
-    if _workers() == 1:
-        return items
-    gathered: list[list[Any]] = [[] for _ in range(_workers())]
-    torch.distributed.all_gather_object(gathered, items)
-    return [item for part in gathered for item in part]
 
 
 def _resume(model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device) -> list[float]:

@@ -1,28 +1,41 @@
-"""Stage 2 as a Ray Train job: each worker takes a share of the rows, and all solve together, by moments or by Adam."""
+"""Stage 2 as a Ray Train job: each worker takes a share of the rows, and all solve together, by moments or by Adam.
+
+Rows are read from their shards twice, once to fit and once, those held out, to score the fit. No worker keeps any, except Adam
+those it fits.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import ray
-import ray.data
 import ray.train
 import torch
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from saets.approximator import EffectApproximator, Moments, RidgePath, choose_penalty
+from saets.approximator import EffectApproximator, Moments, RidgePath, choose_penalty, finite_rows
 from saets.config import Fit
+from saets.distributed import shards
 from saets.distributed.adam import TrainingRows, descend
 from saets.distributed.cluster import Cluster, input_error
+from saets.distributed.together import agreeing, of_all_workers, sum_over_workers
 from saets.errors import InputError
 from saets.held_out import HeldOutScores, is_held_out
+from saets.measured import MeasuredRows
+from saets.storage import Location
 
-BATCH_ROWS = 512
+BATCH_ROWS = 256
+"""Rows a worker looks at together: 64 MiB with 131,072 features in float16."""
+
+JOB = "job"
+"""Name of the folder in `state`."""
+
+NAMED = 3
+"""Bad rows that an error names."""
 
 
 class FitResult(NamedTuple):
@@ -33,50 +46,76 @@ class FitResult(NamedTuple):
     """Rows, what the solver did, and held-out figures of the fit to the training rows alone."""
 
 
-def fit(tables: Iterable[pa.Table], settings: Fit, cluster: Cluster, *, seed: int, gpus: float = 0.0) -> FitResult:
-    """Fit the rows of tables, which go to Ray one after the other.
+class Outcome(NamedTuple):
+    """What the first worker comes to."""
 
-    Their columns are `vector_id`, `vector`, `effect`, `standard_error` and `calibration`.
+    M: np.ndarray
+    b: np.ndarray
+    report: dict[str, Any]
+
+
+Loop = Callable[[dict[str, Any]], Outcome | str | None]
+"""What a worker does: the first one's outcome, or the message of an `InputError`, which no other try would mend."""
+
+
+def fit(
+    rows: MeasuredRows,
+    settings: Fit,
+    cluster: Cluster,
+    state: Location,
+    *,
+    seed: int,
+    gpus: float = 0.0,
+    loop: Loop | None = None,
+) -> FitResult:
+    """Fit the rows, which each worker streams from their shards; memory does not grow with their number, except Adam's.
 
     A row is held out by a hash of the seed and its vector_id, so the split does not depend on order, shards or workers. Ridge
     uses the penalty of least held-out error on all rows together; Adam fits the training rows. A worker that dies is replaced,
-    up to `max_failures` times: ridge begins again, Adam goes on after its last epoch.
+    up to `max_failures` times: ridge begins again, Adam goes on after its last epoch. Workers other than the driver's own
+    process keep Adam's checkpoints in the folder `state`, which is empty afterwards.
 
     Raises:
-        InputError: too few rows, or numbers that are not finite.
+        InputError: too few rows, numbers that are not finite, a shard that cannot be read, or a `state` that the node of a
+            worker with checkpoints to keep does not see. All end the job at once.
     """
     cluster.connect()
-    refs: list[Any] = []
-    widths: dict[str, int] = {}
-    for table in tables:
-        widths = {size: table.schema.field(name).type.shape[0] for size, name in (("d_model", "vector"), ("d_sae", "effect"))}
-        refs.append(ray.put(table))
-    dataset = ray.data.from_arrow_refs(refs)
-    with tempfile.TemporaryDirectory(prefix="saets-fit-") as folder:
-        train: Any = _train  # Ray's type knows no loop that returns something
-        trainer = TorchTrainer(
-            train,
-            train_loop_config={"settings": settings.model_dump_json(), "seed": seed, **widths},
-            scaling_config=ScalingConfig(
-                num_workers=settings.workers,
-                use_gpu=gpus > 0,
-                resources_per_worker={"CPU": 0.5, **({"GPU": gpus} if gpus else {})} if settings.workers else None,
-            ),
-            datasets={"train": dataset},
-            dataset_config=EveryRow(),
-            run_config=ray.train.RunConfig(
-                storage_path=folder,
-                name="fit",
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-                failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-            ),
-        )
-        try:
-            result: Any = trainer.fit()
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-            raise input_error(error) or error from error
-    report, M, b = result.return_value
-    return FitResult(EffectApproximator(torch.from_numpy(M), torch.from_numpy(b)), report)
+    state.delete_folder()  # what a driver left that was killed; Ray Train would go on from there
+    filesystem, path = state.for_pyarrow
+    held_out = functools.partial(is_held_out, seed=seed, share=settings.held_out)
+    sizes = {"d_model": rows.d_model, "d_sae": rows.d_sae}
+    work: Any = loop or train  # Ray's type knows no loop that returns something
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"settings": settings.model_dump_json(), "seed": seed, "state": state, **sizes},
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": 0.5, **({"GPU": gpus} if gpus else {})} if settings.workers else None,
+        ),
+        datasets={
+            "all": shards.dataset(rows, workers=settings.workers),
+            "held_out": shards.dataset(rows, held_out, workers=settings.workers),
+        },
+        dataset_config=EveryRow(),
+        run_config=ray.train.RunConfig(
+            storage_path=path,
+            storage_filesystem=filesystem,
+            name=JOB,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+    try:
+        result: Any = trainer.fit()
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        raise input_error(error) or error from error
+    finally:
+        state.delete_folder()
+    outcome: Outcome | str = result.return_value
+    if isinstance(outcome, str):
+        raise InputError(outcome)
+    return FitResult(EffectApproximator(torch.from_numpy(outcome.M), torch.from_numpy(outcome.b)), outcome.report)
 
 
 class EveryRow(ray.train.DataConfig):
@@ -89,7 +128,7 @@ class EveryRow(ray.train.DataConfig):
 
 
 class Share:
-    """What one worker keeps of its rows: sums of the training rows and of those held out, and what its solver needs."""
+    """What one worker keeps of its rows: sums of the training rows and of those held out, and the rows that Adam fits."""
 
     def __init__(self, config: dict[str, Any], device: torch.device) -> None:
         self.settings, self.seed, self.device = Fit.model_validate_json(config["settings"]), config["seed"], device
@@ -99,37 +138,42 @@ class Share:
         by_ridge = self.settings.solver == "ridge"
         self.moments = [Moments(self.d_model, self.d_sae, device) for _ in range(2)] if by_ridge else []
         self.training: list[TrainingRows] = []
-        self.held_out: list[tuple[torch.Tensor, ...]] = []
+        self.bad: list[str] = []
 
     def add(self, batch: dict[str, Any]) -> None:
-        """Take rows."""
-        vectors, effects = (torch.from_numpy(np.stack(list(batch[name]))).to(self.device) for name in ("vector", "effect"))
-        capped = np.array(batch["calibration"]) == "capped"
-        weights = torch.from_numpy(np.where(capped, self.settings.capped_weight, 1.0)).to(self.device)
-        errors = torch.from_numpy(np.array(batch["standard_error"], np.float64)).to(self.device)
-        held_out = torch.from_numpy(is_held_out(list(batch["vector_id"]), self.seed, self.settings.held_out)).to(self.device)
-        self.capped += capped.sum()
+        """Take rows; those that hold NaN or infinity are noted and left out."""
+        rows, ids = _Rows.of(batch, self.settings, self.device), np.array(batch["vector_id"])
+        held_out = torch.from_numpy(is_held_out(list(ids), self.seed, self.settings.held_out)).to(self.device)
+        counted, finite = rows.weights > 0, finite_rows(rows.vectors, rows.effects)
+        self.capped += rows.capped.sum()
+        self.bad += list(ids[(counted & ~finite).cpu().numpy()])
         for i, part in enumerate((~held_out, held_out)):
-            chosen = part & (weights > 0)
-            x, y, w = vectors[chosen], effects[chosen], weights[chosen]
+            chosen = part & counted & finite
+            x, y, w = rows.vectors[chosen], rows.effects[chosen], rows.weights[chosen]
             self.rows[i] += len(x)
             self.weight[i] += w.sum()
-            self.effects[i] += w @ y.double()
             if self.moments:
                 self.moments[i].add(x, y, w)
-            elif not i:
-                self.training.append(TrainingRows(list(np.array(batch["vector_id"])[chosen.cpu().numpy()]), x, y, w))
-            if i:
-                self.held_out.append((x.float(), y.float(), errors[chosen], w))
+                continue
+            self.effects[i] += w @ y.double()
+            if not i:
+                self.training.append(TrainingRows(list(ids[chosen.cpu().numpy()]), x, y, w))
 
     def sum_over_workers(self) -> None:
         """Make the sums those of all workers.
 
         Raises:
-            InputError: too few rows.
+            InputError: NaN or infinity in the rows, or too few; in all workers alike.
         """
-        _sum_over_workers([self.rows, self.weight, self.capped, self.effects, *(t for m in self.moments for t in m.tensors())])
+        bad = sorted(of_all_workers(self.bad))
+        sum_over_workers([self.rows, self.weight, self.capped, self.effects, *(t for m in self.moments for t in m.tensors())])
         train, held_out = (int(rows) for rows in self.rows.tolist())
+        if bad:
+            named = ", ".join(bad[:NAMED]) + (", ..." if len(bad) > NAMED else "")
+            raise InputError(
+                f"{len(bad)} of {train + held_out + len(bad)} measured effects hold NaN or infinity ({named}); measure those "
+                "vectors again, into a new --out folder"
+            )
         if train < 2 or held_out < 1:
             raise InputError(self._too_few(train, held_out))
 
@@ -145,53 +189,105 @@ class Share:
         )
 
     def score(self, approximator: EffectApproximator) -> dict[str, Any]:
-        """The held-out report of a fit to the training rows, by all workers together."""
-        scores = HeldOutScores(*(self.effects / self.weight[:, None]))
-        for rows in self.held_out:
-            scores.add(approximator, *rows)
-        _sum_over_workers(scores.tensors())
+        """The held-out report of a fit to the training rows, by all workers together, from the rows read again."""
+        sums = torch.stack([moments.y for moments in self.moments]) if self.moments else self.effects
+        scores = HeldOutScores(*(sums / self.weight[:, None]))
+        with agreeing():
+            for batch in _batches("held_out"):
+                rows = _Rows.of(batch, self.settings, self.device)
+                chosen = rows.weights > 0
+                x, y, errors, weights = (part[chosen] for part in (rows.vectors, rows.effects, rows.errors, rows.weights))
+                scores.add(approximator, x.float(), y.float(), errors, weights)
+        sum_over_workers(scores.tensors())
         return scores.report()
+
+
+class _Rows(NamedTuple):
+    """A batch as tensors on the worker's device."""
+
+    vectors: torch.Tensor
+    effects: torch.Tensor
+    """[rows, d_sae], as they are stored."""
+    errors: torch.Tensor
+    weights: torch.Tensor
+    capped: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: dict[str, Any], settings: Fit, device: torch.device) -> _Rows:
+        capped = np.array(batch["calibration"]) == "capped"
+        vectors, effects = (np.stack(list(batch[name])) for name in ("vector", "effect"))
+        errors = np.array(batch["standard_error"], np.float64)
+        weights = np.where(capped, settings.capped_weight, 1.0)
+        return cls(*(torch.from_numpy(column).to(device) for column in (vectors, effects, errors, weights, capped)))
+
+
+def _batches(name: str) -> Iterator[dict[str, Any]]:
+    """This worker's share of a Dataset, read anew.
+
+    Raises:
+        InputError: a shard that cannot be read.
+    """
+    try:
+        yield from ray.train.get_dataset_shard(name).iter_batches(batch_size=BATCH_ROWS, batch_format="numpy")
+    except ray.exceptions.RayError as error:
+        raise input_error(error) or error from error
 
 
 class Solution(NamedTuple):
     """What a solver makes of the rows."""
 
-    to_score: EffectApproximator
-    """Fitted to the training rows alone."""
     final: EffectApproximator
     report: dict[str, Any]
+    """Of the solver, and `held_out`: of the fit to the training rows alone."""
 
 
-def _train(config: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """One worker: takes its share of the rows, solves together with the others, and scores its own held-out rows."""
-    in_driver = not Fit.model_validate_json(config["settings"]).workers
-    share = Share(config, ray.train.torch.get_device() if torch.cuda.is_available() and not in_driver else torch.device("cpu"))
-    for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=BATCH_ROWS, batch_format="numpy"):
-        share.add(batch)
-    share.sum_over_workers()
-    settings = share.settings
-    solution = _ridge(share) if settings.solver == "ridge" else _adam(share)
+def train(config: dict[str, Any]) -> Outcome | str | None:
+    """One worker: goes through its share of the rows, and solves and scores together with the others."""
+    settings, rank = Fit.model_validate_json(config["settings"]), ray.train.get_context().get_world_rank()
+    on_gpu = torch.cuda.is_available() and settings.workers
+    share = Share(config, ray.train.torch.get_device() if on_gpu else torch.device("cpu"))
+    try:
+        with agreeing():
+            if settings.solver == "adam" and settings.workers:
+                _check_storage(config["state"])
+            for batch in _batches("all"):
+                share.add(batch)
+        share.sum_over_workers()
+        solution = _ridge(share) if settings.solver == "ridge" else _adam(share)
+    except InputError as error:
+        return str(error)
     report = {
         "solver": settings.solver,
         "rows_train": int(share.rows[0].item()),
         "rows_held_out": int(share.rows[1].item()),
         "rows_capped": int(share.capped.item()),
         "capped_weight": settings.capped_weight,
-        **solution.report,
         "workers": settings.workers,
-        "held_out": share.score(solution.to_score),
+        **solution.report,
     }
     if settings.solver == "ridge":
         ray.train.report({"held_out_r2": report["held_out"]["r2"]})
-    return report, solution.final.M.cpu().numpy(), solution.final.b.cpu().numpy()
+    return None if rank else Outcome(solution.final.M.cpu().numpy(), solution.final.b.cpu().numpy(), report)
+
+
+def _check_storage(state: Location) -> None:
+    """Raise `InputError` where this node does not see what the driver's node wrote."""
+    if not (state / JOB).is_folder():
+        raise InputError(
+            f"a worker's node does not see {state}, where Adam's checkpoints are kept; give --out a folder that all nodes share "
+            "or a URI such as s3://bucket/folder, or take fit.solver = ridge, which keeps none, or fit.workers = 0"
+        )
 
 
 def _ridge(share: Share) -> Solution:
     """The exact solution from moments; the penalty of least held-out error is used on all rows together."""
     train, held_out = share.moments
-    penalty, errors = choose_penalty(train, held_out, share.settings.penalties)
-    report = {"penalty": penalty, "held_out_mse_by_penalty": errors}
-    return Solution(RidgePath(train).fit(penalty), RidgePath(train + held_out).fit(penalty), report)
+    path = RidgePath(train)
+    penalty, errors = choose_penalty(path, held_out, share.settings.penalties)
+    scores = share.score(path.fit(penalty))
+    train += held_out
+    report = {"penalty": penalty, "held_out_mse_by_penalty": errors, "held_out": scores}
+    return Solution(RidgePath(train).fit(penalty), report)
 
 
 def _adam(share: Share) -> Solution:
@@ -200,11 +296,4 @@ def _adam(share: Share) -> Solution:
     found = descend(share.training, settings, share.seed, share.d_model, share.d_sae, share.device)
     of_adam = {name: getattr(settings, name) for name in ("learning_rate", "batch_size", "epochs")}
     report = {**of_adam, "mse_by_epoch": found.mse_by_epoch, "resumed_at_epoch": found.resumed_at_epoch}
-    return Solution(found.approximator, found.approximator, report)
-
-
-def _sum_over_workers(tensors: Sequence[torch.Tensor]) -> None:
-    """Add up over workers, in place; alone in the driver's process there is nothing to add."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
+    return Solution(found.approximator, {**report, "held_out": share.score(found.approximator)})

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from saets.approximator import EffectApproximator
 from saets.config import Fit, settings_hash
 from saets.distributed import fit as distributed
 from saets.errors import InputError
+from saets.measured import MeasuredRows
 from saets.stages.pull import stands_in, use_published_effects
 from saets.stages.session import Session, effect_settings
-from saets.store import Table, read_shard
-
-COLUMNS = ("vector_id", "vector", "effect", "standard_error", "calibration")
-"""What a fit reads of the effects."""
 
 
 def fit_approximator(session: Session) -> None:
@@ -26,7 +19,7 @@ def fit_approximator(session: Session) -> None:
     Where the run has no effects and the experiment names some on the hub, those are fetched and fitted.
 
     Raises:
-        InputError: no effects yet, or too few to fit and hold some out.
+        InputError: no effects yet, too few to fit and hold some out, of different shapes, or not finite.
     """
     experiment, run, shipped = session.experiment, session.run, session.shipped()
     tables = [run.effects, *([shipped.effects] if shipped else [])]
@@ -42,9 +35,10 @@ def fit_approximator(session: Session) -> None:
         raise InputError(f"{rows} measured effects in {run.path}; run `saets effects` first: a fit needs at least 3 rows")
     with session.progress.stage("fitting the approximator", rows, 0, "rows") as advance:
         approximator, report = distributed.fit(
-            measured_rows(tables),
+            MeasuredRows.of(tables),
             experiment.fit,
             session.cluster,
+            run.fitting,
             seed=experiment.seed,
             gpus=min(experiment.execution.gpus_per_actor, 1),  # more are for a model spread over them
         )
@@ -70,14 +64,3 @@ def fit_settings(fit: Fit) -> dict[str, Any]:
     if fit.capped_weight == 1:
         del settings["capped_weight"]
     return settings
-
-
-def measured_rows(tables: Sequence[Table]) -> Iterator[pa.Table]:
-    """Vectors, effects and what is known of them, a shard at a time, newest first and each vector once."""
-    seen: set[str] = set()
-    for table in tables:
-        for shard in reversed(table.shards()):
-            rows = read_shard(shard, COLUMNS)
-            fresh = pc.invert(pc.is_in(rows["vector_id"], pa.array(list(seen), pa.string())))
-            seen |= set(rows["vector_id"].to_pylist())
-            yield rows.filter(fresh)

@@ -5,25 +5,30 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import tempfile
-import threading
-import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
+import ray.train
 import torch
 
 from saets.approximator import Moments, RidgePath
 from saets.config import Execution, Fit
 from saets.distributed.cluster import Cluster
-from saets.distributed.fit import fit
+from saets.distributed.fit import FitResult, Outcome, fit, train
+from saets.distributed.shards import Shards
+from saets.distributed.together import agreeing
 from saets.errors import InputError
 from saets.held_out import is_held_out
+from saets.measured import MeasuredRows
 from saets.stages.fit import fit_settings
+from saets.storage import Location, locate
+from saets.store import Table
 
 pytestmark = pytest.mark.ray
 
@@ -31,10 +36,16 @@ D_MODEL, D_SAE, SEED = 8, 12, 3
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(bucket: str) -> Iterator[Cluster]:
+    """Its processes know the bucket from their environment."""
     with Cluster(Execution()) as cluster:
         cluster.connect()
         yield cluster
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Location:
+    return locate(tmp_path / "run")
 
 
 @dataclasses.dataclass
@@ -64,23 +75,35 @@ class Planted:
     def held_out(self) -> np.ndarray:
         return is_held_out(self.ids, SEED, 0.1)
 
-    def tables(self) -> Iterator[pa.Table]:
+    def write(self, place: Location) -> MeasuredRows:
+        """Three shards."""
+        table = Table(place / "effects", ["vector_id"])
         for part in np.array_split(np.arange(len(self.X)), 3):
-            yield pa.table(
-                {
-                    "vector_id": [self.ids[i] for i in part],
-                    "vector": pa.FixedShapeTensorArray.from_numpy_ndarray(self.X[part]),
-                    "effect": pa.FixedShapeTensorArray.from_numpy_ndarray(self.Y[part]),
-                    "standard_error": np.full(len(part), 0.1),
-                    "calibration": np.where(self.capped[part], "capped", "ok"),
-                }
+            table.write(
+                pa.table(
+                    {
+                        "vector_id": [self.ids[i] for i in part],
+                        "vector": pa.FixedShapeTensorArray.from_numpy_ndarray(self.X[part]),
+                        "effect": pa.FixedShapeTensorArray.from_numpy_ndarray(self.Y[part]),
+                        "standard_error": np.full(len(part), 0.1),
+                        "calibration": np.where(self.capped[part], "capped", "ok"),
+                    }
+                )
             )
+        return MeasuredRows.of([table])
+
+    def fit(self, settings: Fit, place: Location, cluster: Cluster, **others: Any) -> FitResult:
+        """In a run folder that the fit leaves as it was."""
+        rows = self.write(place)
+        found = fit(rows, settings, cluster, place / ".fitting", seed=SEED, **others)
+        assert list(place.entries()) == ["effects"]
+        return found
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
-def test_capped_rows_count_as_much_as_the_setting_says(cluster: Cluster, weight: float) -> None:
+def test_capped_rows_count_as_much_as_the_setting_says(cluster: Cluster, folder: Location, weight: float) -> None:
     planted = Planted.of(61, 0.3)
-    found = fit(planted.tables(), Fit(capped_weight=weight, penalties=(0.1,)), cluster, seed=SEED)
+    found = planted.fit(Fit(capped_weight=weight, penalties=(0.1,)), folder / uuid.uuid4().hex, cluster)
     weights = torch.from_numpy(np.where(planted.capped, weight, 1.0))
     expected = Moments(D_MODEL, D_SAE)
     expected.add(torch.from_numpy(planted.X), torch.from_numpy(planted.Y), weights)
@@ -98,21 +121,21 @@ def test_settings_that_change_nothing_do_not_make_an_old_fit_invalid() -> None:
     assert fit_settings(Fit(solver="adam")).keys() == {"held_out", "solver", "learning_rate", "batch_size", "epochs"}
 
 
-def test_too_few_rows_are_counted_and_the_penalty_explained(cluster: Cluster) -> None:
+def test_too_few_rows_are_counted_and_the_penalty_explained(cluster: Cluster, folder: Location) -> None:
     with pytest.raises(InputError, match="0 held out, of which at least 2 and 1 are needed; .* fewer rows than the 8 dimensions"):
-        fit(Planted.of(3, 0.1).tables(), Fit(held_out=1e-9), cluster, seed=SEED)
+        Planted.of(3, 0.1).fit(Fit(held_out=1e-9), folder / uuid.uuid4().hex, cluster)
     with pytest.raises(InputError, match="fit.capped_weight = 0 leaves out 1 capped ones"):
-        fit(Planted.of(3, 0.1).tables(), Fit(held_out=1e-9, capped_weight=0), cluster, seed=SEED)
+        Planted.of(3, 0.1).fit(Fit(held_out=1e-9, capped_weight=0), folder / uuid.uuid4().hex, cluster)
 
 
 ADAM = Fit(solver="adam", learning_rate=0.05, batch_size=32, epochs=60)
 """Settings with which Adam comes to rest on these rows."""
 
 
-def test_ridge_and_adam_both_find_a_planted_map_and_agree(cluster: Cluster) -> None:
+def test_ridge_and_adam_both_find_a_planted_map_and_agree(cluster: Cluster, folder: Location) -> None:
     planted = Planted.of(301, 0.0)
-    ridge = fit(planted.tables(), Fit(penalties=(0.0,)), cluster, seed=SEED)
-    adam = fit(planted.tables(), ADAM, cluster, seed=SEED)
+    ridge = planted.fit(Fit(penalties=(0.0,)), folder / uuid.uuid4().hex, cluster)
+    adam = planted.fit(ADAM, folder / uuid.uuid4().hex, cluster)
     for found in (ridge, adam):
         assert np.allclose(found.approximator.M, planted.M, atol=2e-3)
         assert np.allclose(found.approximator.b, planted.b, atol=2e-3)
@@ -123,20 +146,20 @@ def test_ridge_and_adam_both_find_a_planted_map_and_agree(cluster: Cluster) -> N
     assert losses[-1] < losses[0] / 1000
 
 
-def test_adam_weighs_capped_rows_too(cluster: Cluster) -> None:
+def test_adam_weighs_capped_rows_too(cluster: Cluster, folder: Location) -> None:
     planted = Planted.of(80, 0.0)
     planted.Y[planted.capped] = 7
     settings = ADAM.model_copy(update={"capped_weight": 0.0, "epochs": 200})
-    found = fit(planted.tables(), settings, cluster, seed=SEED)
+    found = planted.fit(settings, folder / uuid.uuid4().hex, cluster)
     assert np.allclose(found.approximator.M, planted.M, atol=1e-2)
 
 
 @pytest.mark.parametrize("solver", ["ridge", "adam"])
-def test_two_workers_fit_what_one_process_fits_and_lose_no_row(cluster: Cluster, solver: str) -> None:
+def test_two_workers_fit_what_one_process_fits_and_lose_no_row(cluster: Cluster, folder: Location, solver: str) -> None:
     planted = Planted.of(301, 0.3)
     settings = Fit(solver=solver, learning_rate=0.02, batch_size=64, epochs=5)
-    alone = fit(planted.tables(), settings, cluster, seed=SEED)
-    two = fit(planted.tables(), settings.model_copy(update={"workers": 2}), cluster, seed=SEED)
+    alone = planted.fit(settings, folder / uuid.uuid4().hex, cluster)
+    two = planted.fit(settings.model_copy(update={"workers": 2}), folder / uuid.uuid4().hex, cluster)
     assert two.report["rows_train"] + two.report["rows_held_out"] == 301
     assert torch.allclose(alone.approximator.M, two.approximator.M, atol=1e-5)
     assert torch.allclose(alone.approximator.b, two.approximator.b, atol=1e-5)
@@ -144,31 +167,98 @@ def test_two_workers_fit_what_one_process_fits_and_lose_no_row(cluster: Cluster,
 
 
 def test_after_a_worker_is_killed_adam_goes_on_to_the_result_of_an_undisturbed_fit(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, folder: Location, tmp_path: Path
 ) -> None:
-    """SIGKILL of one of two workers after an epoch's checkpoint. Equal but for the order in which float32 sums are formed."""
-    planted = Planted.of(301, 0.3)
-    settings = Fit(solver="adam", learning_rate=0.01, batch_size=32, epochs=20)
-    undisturbed = fit(planted.tables(), settings, cluster, seed=SEED)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed: list[int] = []
+    """SIGKILL of one of two workers in its third epoch. Equal but for the order in which float32 sums are formed."""
+    planted, marker = Planted.of(301, 0.3), tmp_path / "killed"
+    settings = Fit(solver="adam", learning_rate=0.01, batch_size=32, epochs=6)
+    undisturbed = planted.fit(settings, folder / "alone", cluster)
 
-    def kill() -> None:
-        deadline, seen = time.monotonic() + 120, set[str]()
-        while time.monotonic() < deadline and len(seen) < 3:  # by then Ray Train has taken note of the first
-            seen |= {path.name for path in tmp_path.glob("saets-fit-*/fit/checkpoint_*")}
-            time.sleep(0.05)
-        for process in psutil.Process().children(recursive=True):
-            if not killed and "RayTrainWorker" in " ".join(process.cmdline()):
-                killed.append(process.pid)
-                os.kill(process.pid, signal.SIGKILL)
+    def dying(config: dict[str, Any]) -> Outcome | str | None:
+        report = ray.train.report
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    found = fit(planted.tables(), settings.model_copy(update={"workers": 2}), cluster, seed=SEED)
-    killer.join()
-    assert killed
-    assert 0 < found.report["resumed_at_epoch"] < settings.epochs
+        def report_and_die(metrics: dict[str, Any], **given: Any) -> None:
+            report(metrics, **given)
+            if metrics["epoch"] == 3 and ray.train.get_context().get_world_rank() == 1 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with mock.patch.object(ray.train, "report", report_and_die):
+            return train(config)
+
+    found = planted.fit(settings.model_copy(update={"workers": 2}), folder / "two", cluster, loop=dying)
+    assert marker.exists()
+    assert 0 < found.report["resumed_at_epoch"] <= 3
     assert len(found.report["mse_by_epoch"]) == settings.epochs
     assert found.report["mse_by_epoch"] == pytest.approx(undisturbed.report["mse_by_epoch"], rel=1e-3)
     assert torch.allclose(found.approximator.M, undisturbed.approximator.M, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["ridge", "adam"])
+def test_a_run_folder_in_a_bucket_is_read_by_any_node_and_keeps_the_checkpoints(
+    cluster: Cluster, folder: Location, remote: Location, solver: str
+) -> None:
+    planted, settings = Planted.of(301, 0.3), Fit(solver=solver, learning_rate=0.02, epochs=2)
+    alone = planted.fit(settings, folder, cluster)
+    there = planted.fit(settings.model_copy(update={"workers": 1, "max_failures": 0}), remote, cluster)
+    assert torch.allclose(alone.approximator.M, there.approximator.M, atol=1e-5)
+    assert not Shards(planted.write(folder), None).supports_distributed_reads
+    assert Shards(planted.write(remote), None).supports_distributed_reads
+
+
+def spoiled() -> Planted:
+    """Rows of which three that count are not finite, each in another way, and one that does not count."""
+    planted = Planted.of(61, 0.3)
+    for row, bad in ((1, np.nan), (2, np.inf), (59, -np.inf), (0, np.nan)):
+        planted.Y[row, row % D_SAE] = bad
+    return planted
+
+
+@pytest.mark.parametrize("solver", ["ridge", "adam"])
+def test_effects_that_are_not_finite_are_counted_and_named(cluster: Cluster, folder: Location, solver: str) -> None:
+    with pytest.raises(InputError, match=r"3 of 45 measured effects hold NaN or infinity \(v1, v2, v59\); measure those"):
+        spoiled().fit(Fit(solver=solver, capped_weight=0), folder, cluster)
+
+
+def test_bad_rows_in_one_workers_share_end_the_job_at_once(cluster: Cluster, folder: Location, tmp_path: Path) -> None:
+    def counted(config: dict[str, Any]) -> Outcome | str | None:
+        (tmp_path / uuid.uuid4().hex).touch()
+        return train(config)
+
+    with pytest.raises(InputError, match="3 of 45 measured effects hold NaN or infinity"):
+        spoiled().fit(Fit(workers=2, max_failures=3, capped_weight=0), folder, cluster, loop=counted)
+    assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 2, "each worker began once"
+
+
+def test_what_one_worker_finds_wrong_all_raise(cluster: Cluster, folder: Location) -> None:
+    """Before they wait for its numbers."""
+
+    def one_finds(config: dict[str, Any]) -> Outcome | str | None:
+        try:
+            with agreeing():
+                if ray.train.get_context().get_world_rank() == 1:
+                    raise InputError("wrong")
+        except InputError as error:
+            return f"{error} in {ray.train.get_context().get_world_rank()}"
+        return None
+
+    with pytest.raises(InputError, match="wrong in 0"):
+        Planted.of(61, 0.3).fit(Fit(workers=2), folder, cluster, loop=one_finds)
+
+
+def test_a_shard_that_is_gone_is_named(cluster: Cluster, folder: Location) -> None:
+    rows = Planted.of(61, 0.3).write(folder)
+    rows.parts[1].shard.delete()
+    with pytest.raises(InputError, match=f"cannot read {rows.parts[1].shard}"):
+        fit(rows, Fit(), cluster, folder / ".fitting", seed=SEED)
+
+
+def test_adam_in_a_folder_that_a_workers_node_does_not_see_says_what_to_do(
+    cluster: Cluster, folder: Location, tmp_path: Path
+) -> None:
+    def elsewhere(config: dict[str, Any]) -> Outcome | str | None:
+        return train({**config, "state": locate(tmp_path / "nowhere")})
+
+    settings = Fit(solver="adam", workers=1, epochs=1)
+    with pytest.raises(InputError, match="does not see .*nowhere, .* or take fit.solver = ridge"):
+        Planted.of(61, 0.3).fit(settings, folder, cluster, loop=elsewhere)

@@ -1,0 +1,98 @@
+"""Which measured rows a fit reads, and how: the newest of each vector once, a row group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from saets.errors import InputError
+from saets.storage import Location
+from saets.store import Table, open_shard
+
+COLUMNS = ("vector_id", "vector", "effect", "standard_error", "calibration")
+"""What a fit reads of the effects."""
+
+Which = Callable[[list[str]], np.ndarray]
+"""Tells by vector_id which rows are wanted."""
+
+
+class ShardRows(NamedTuple):
+    """Some rows of a shard."""
+
+    shard: Location
+    chosen: np.ndarray
+    """[rows of the shard], bool."""
+
+    def tables(self, which: Which | None = None) -> Iterator[pa.Table]:
+        """The chosen rows, those of a row group after another; groups without any are not read.
+
+        Raises:
+            InputError: the shard is gone, or the storage fails.
+        """
+        start = 0
+        with open_shard(self.shard) as file:
+            for group in range(file.num_row_groups):
+                end = start + file.metadata.row_group(group).num_rows
+                chosen, start = self.chosen[start:end], end
+                if which and chosen.any():
+                    chosen = chosen & which(file.read_row_group(group, ["vector_id"])["vector_id"].to_pylist())
+                if chosen.any():
+                    rows = file.read_row_group(group, list(COLUMNS))
+                    yield rows if chosen.all() else rows.filter(pa.array(chosen))
+
+
+@dataclass(frozen=True)
+class MeasuredRows:
+    """What a fit reads; kept are a path and a mask a shard, never vectors or effects."""
+
+    parts: tuple[ShardRows, ...]
+    d_model: int
+    d_sae: int
+
+    @classmethod
+    def of(cls, tables: Sequence[Table]) -> MeasuredRows:
+        """The newest row of each vector_id, from the first of the tables that holds it; reads vector_ids alone.
+
+        Raises:
+            InputError: no rows at all, or shards whose vectors or effects differ in length (names two, with their shapes).
+        """
+        parts: list[ShardRows] = []
+        seen: set[str] = set()
+        first: tuple[Location, tuple[int, int]] | None = None
+        for table in tables:
+            for shard in reversed(table.shards()):
+                with open_shard(shard) as file:
+                    shape = _shape(shard, file.schema_arrow)
+                    ids = file.read(["vector_id"])["vector_id"].to_pylist()
+                first = first or (shard, shape)
+                if shape != first[1]:
+                    described = ", ".join(_described(*found) for found in ((shard, shape), first))
+                    raise InputError(
+                        f"effects of different shapes cannot be fitted together: {described}; move the shards of one kind "
+                        "away, or give --out a new folder"
+                    )
+                chosen = np.zeros(len(ids), bool)
+                for row in reversed(range(len(ids))):
+                    chosen[row] = ids[row] not in seen
+                    seen.add(ids[row])
+                parts.append(ShardRows(shard, chosen))
+        if first is None:
+            raise InputError("no measured effects; run `saets effects` first")
+        return cls(tuple(parts), *first[1])
+
+
+def _shape(shard: Location, schema: pa.Schema) -> tuple[int, int]:
+    """d_model and d_sae."""
+    types = [schema.field(name).type if name in schema.names else None for name in ("vector", "effect")]
+    if not all(isinstance(found, pa.FixedShapeTensorType) for found in types):
+        raise InputError(f"{shard} holds no vectors and effects of fixed length; move it away, its rows are measured again")
+    d_model, d_sae = (found.shape[0] for found in types if found)
+    return d_model, d_sae
+
+
+def _described(shard: Location, shape: tuple[int, int]) -> str:
+    return f"{shard} holds vectors of d_model {shape[0]} and effects of d_sae {shape[1]}"
