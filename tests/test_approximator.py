@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saets.approximator import EffectApproximator, Moments, RidgePath, choose_penalty
+from saets.approximator import EffectApproximator, Moments, RidgePath, choose_penalty, ridge
 from saets.errors import InputError
 
 D_MODEL, D_SAE = 6, 9
@@ -89,6 +89,16 @@ def test_the_fit_solves_the_normal_equations_with_an_unpenalised_intercept(penal
     M, b = solved(data, penalty)
     assert close(found.M, M)
     assert close(found.b, b)
+
+
+@pytest.mark.parametrize("n", [4, 40])
+@pytest.mark.parametrize("penalty", [0.0, 1e-8, 1e-4, 1.0, 1e6])
+def test_one_penalty_alone_gives_what_the_path_gives(penalty: float, n: int) -> None:
+    found, expected = (
+        fit(moments(rows(n, 3, noise=0.5))) for fit in (lambda m: ridge(m, penalty), lambda m: RidgePath(m).fit(penalty))
+    )
+    assert torch.allclose(found.M, expected.M, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found.b, expected.b, rtol=1e-5, atol=1e-5)
 
 
 def test_an_unbounded_penalty_leaves_the_mean_effect() -> None:

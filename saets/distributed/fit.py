@@ -17,7 +17,7 @@ import torch
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from saets.approximator import EffectApproximator, Moments, RidgePath, choose_penalty, finite_rows
+from saets.approximator import EffectApproximator, Moments, RidgePath, choose_penalty, finite_rows, ridge
 from saets.config import Fit
 from saets.distributed import shards
 from saets.distributed.adam import TrainingRows, descend
@@ -287,7 +287,7 @@ def _ridge(share: Share) -> Solution:
     scores = share.score(path.fit(penalty))
     train += held_out
     report = {"penalty": penalty, "held_out_mse_by_penalty": errors, "held_out": scores}
-    return Solution(RidgePath(train).fit(penalty), report)
+    return Solution(ridge(train, penalty), report)
 
 
 def _adam(share: Share) -> Solution:
