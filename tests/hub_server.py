@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -30,6 +31,11 @@ class Hub(ThreadingHTTPServer):
         self.corrupt = False
         """Send other bytes than the hash promises."""
         self.requests: list[str] = []
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no error of the server's."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
