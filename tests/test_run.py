@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -227,33 +221,6 @@ def test_the_openai_judge_grades_what_the_run_wrote_and_its_key_stays_out_of_eve
     assert set(behaviour["score"].drop_nulls()) == {6 / 9, 3 / 9}
     assert "1 of" in capsys.readouterr().out
     assert not [path for path in finished.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
-
-
-def test_a_killed_run_goes_on_where_it_was(finished: Path, folder: Path, tmp_path: Path) -> None:
-    """SIGKILL of the driver while it measures; the same command then ends with the rows of an undisturbed run."""
-    out = tmp_path / "killed"
-    sources = "effects.sources=[{kind='decoder'}, {kind='random', count=400}]"
-    command = [sys.executable, "-m", "saets", "effects", str(folder / "mine.toml"), "--out", str(out), "--set", sources]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 300
-        while not any((out / "effects").glob("*.parquet")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=0.1)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    survived = RunFolder(out).effects.ids()
-    assert 0 < len(survived) < 440
-    assert run(folder, out, sources, command="effects") == 0
-    resumed, undisturbed = RunFolder(out).effects.read(), RunFolder(finished).effects.read()
-    assert resumed is not None
-    assert undisturbed is not None
-    assert len(resumed) == 440
-    decoder = resumed.filter(pl.col("source") == "decoder")
-    assert np.array_equal(decoder["effect"].to_numpy(), undisturbed["effect"].to_numpy())
 
 
 def test_a_run_in_a_bucket_goes_to_results_and_plots_and_is_not_computed_twice(
