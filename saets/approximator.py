@@ -7,7 +7,7 @@ eigendecomposition of the centred Gram matrix gives every penalty, and the held-
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,13 +169,7 @@ class RidgePath:
     def fit(self, penalty: float, **provenance: Any) -> EffectApproximator:
         """The approximator at one penalty; 0 is the least-squares solution of least norm."""
         weights = self._weights(penalty)[:, None]
-        M = torch.empty(self._train.xy.shape, dtype=torch.float32, device=weights.device)
-        b = torch.empty(self._train.y.shape, dtype=torch.float32, device=weights.device)
-        for features in self._train.blocks():
-            exact = self._basis @ self._projected(self._train, features).mul_(weights)
-            M[:, features] = exact
-            b[features] = (self.y_mean[features] - self.x_mean @ exact).float()
-        return EffectApproximator(M, b, provenance)
+        return _solved(self._train, lambda cross: self._basis @ (self._basis.T @ cross).mul_(weights), provenance)
 
     def held_out_errors(self, held_out: Moments, penalties: Iterable[float]) -> list[float]:
         """Squared error over the held-out rows and all features at each penalty, O(d^2) each after one pass over X'Y."""
@@ -201,17 +195,22 @@ def ridge(rows: Moments, penalty: float) -> EffectApproximator:
     """
     if penalty < CHOLESKY_PENALTY or rows.rows.item() < 2:
         return RidgePath(rows).fit(penalty)
-    x_mean, y_mean = rows.x / rows.n, rows.y / rows.n
-    gram = rows.gram(x_mean)
+    gram = rows.gram(rows.x / rows.n)
     gram.diagonal().add_(penalty * gram.diagonal().mean())
     factor = torch.linalg.cholesky(gram)
-    M = torch.empty(rows.xy.shape, dtype=torch.float32, device=gram.device)
-    b = torch.empty(rows.y.shape, dtype=torch.float32, device=gram.device)
+    return _solved(rows, lambda cross: torch.cholesky_solve(cross, factor), {})
+
+
+def _solved(rows: Moments, solve: Callable[[Tensor], Tensor], provenance: dict[str, Any]) -> EffectApproximator:
+    """M by blocks of features from X'Y about the rows' means, and the b that goes with it."""
+    x_mean, y_mean = rows.x / rows.n, rows.y / rows.n
+    M = torch.empty(rows.xy.shape, dtype=torch.float32, device=x_mean.device)
+    b = torch.empty(rows.y.shape, dtype=torch.float32, device=x_mean.device)
     for features in rows.blocks():
-        exact = torch.cholesky_solve(rows.cross(x_mean, y_mean, features), factor)
+        exact = solve(rows.cross(x_mean, y_mean, features))
         M[:, features] = exact
         b[features] = (y_mean[features] - x_mean @ exact).float()
-    return EffectApproximator(M, b)
+    return EffectApproximator(M, b, provenance)
 
 
 def choose_penalty(path: RidgePath, held_out: Moments, penalties: Sequence[float]) -> tuple[float, dict[str, float]]:
