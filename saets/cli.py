@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saets.config import Experiment
+from saets.config import HUB_NAME, Experiment
 from saets.errors import InputError
 from saets.experiment import load_experiment, preset_names
 from saets.storage import Location, locate
@@ -163,7 +163,7 @@ def _push(options: argparse.Namespace) -> None:
     from saets.stages.push import push
 
     run = locate(options.out or options.experiment)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
+    if not re.fullmatch(HUB_NAME, options.repo):
         raise InputError(f"{options.repo!r} names no repository of the hub; expected OWNER/NAME")
     if not (run / "experiment.toml").is_file():
         raise InputError(f"no run folder at {run}; give one that a run has written, e.g. `saets push runs/smollm2 OWNER/NAME`")

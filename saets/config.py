@@ -198,6 +198,9 @@ class Fit(Section):
     """How often workers that die are replaced."""
 
 
+HUB_NAME = r"^[\w.-]+/[\w.-]+$"
+"""`owner/name` of a repository of the hub."""
+
 HubFile = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]
 """Name of a file in a repository of the hub."""
 
@@ -206,8 +209,7 @@ class Published(Section):
     """Files on the hub that stand in for stages 1 and 2 where a run has no effects of its own: `.pt`, as the method's authors
     wrote them."""
 
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    """`owner/name`."""
+    repo: str = Field(pattern=HUB_NAME)
     repo_type: Literal["dataset", "model"] = "dataset"
     revision: str | None = None
     """Branch, tag or commit."""

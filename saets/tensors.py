@@ -41,5 +41,25 @@ def read_tensors(where: Where, missing: str) -> TensorFile:
         tensors = load(content)
     except SafetensorError as error:
         raise InputError(f"{location} is not a safetensors file: {error}") from error
+    return TensorFile(tensors, _header(content))
+
+
+def read_header(where: Where) -> dict[str, str]:
+    """The header alone of a file that is there.
+
+    Raises:
+        InputError: a file that is not safetensors or cannot be read.
+    """
+    location = locate(where)
+    try:
+        with location.open() as file:
+            size = file.read(8)
+            return _header(size + file.read(int.from_bytes(size, "little")))
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
+        raise InputError(f"{location} is not a safetensors file: {error}") from error
+
+
+def _header(content: bytes) -> dict[str, str]:
     size = int.from_bytes(content[:8], "little")
-    return TensorFile(tensors, json.loads(content[8 : 8 + size]).get("__metadata__", {}))
+    found: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+    return found

@@ -50,9 +50,6 @@ def descend(rows: Sequence[TrainingRows], settings: Fit, seed: int, d_model: int
     sorted by vector_id and shuffled by seed and epoch, and each worker takes the rows of a batch that it holds, so batches do not
     depend on workers or shards. After each epoch the state is reported as a checkpoint, from which Ray Train goes on where a
     worker died; a fit in the driver's own process has nothing to go on from and writes none.
-
-    Raises:
-        InputError: NaN or infinity in the rows.
     """
     ids = [vector_id for part in rows for vector_id in part.vector_ids]
     if not rows:  # other workers hold them all

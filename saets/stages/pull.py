@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -20,7 +21,7 @@ from saets.rows import Baseline, effect_rows
 from saets.sae import load_sae, sae_width
 from saets.stages.session import Session
 from saets.store import RunFolder
-from saets.tensors import write_tensors
+from saets.tensors import read_header, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ def _wanted(spec: Published, name: str) -> dict[str, Any]:
 
 def _published(run: RunFolder) -> bool:
     """Whether the run's approximator is a published one; its own header knows, also after a kill."""
-    return run.approximator.is_file() and "published" in EffectApproximator.load(run.approximator).provenance
+    return run.approximator.is_file() and "published" in json.loads(read_header(run.approximator).get("provenance", "{}"))
 
 
 def _mismatch(experiment: Experiment, spec: Published) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import save
 
 from saets import hub
-from saets.card import FILES, card
+from saets.card import FILES, FOLDERS, card
 from saets.config import Experiment
 from saets.errors import InputError
 from saets.experiment import load_experiment
@@ -25,7 +25,7 @@ from saets.storage import Location, Where, is_uri, without_secrets
 from saets.store import RunFolder
 from saets.tensors import read_tensors
 
-FOLDERS = ("effects/", "vectors/")
+REPLACED = tuple(f"{folder}/" for folder in FOLDERS)
 """What a later push replaces as a whole."""
 
 
@@ -41,14 +41,14 @@ def push(where: Where, target: hub.Source, progress: Progress, *, private: bool 
     experiment = load_experiment(run.path)
     with run.locked(), tempfile.TemporaryDirectory(prefix="saets-push-") as folder:
         there = dict(_files(run, effects=effects))
-        if not any(name.startswith(("approximator", *FOLDERS)) for name in there):
+        if not any(name.startswith(("approximator", *REPLACED)) for name in there):
             raise InputError(f"{run.path} holds nothing to push; run `saets run` or `saets fit` first")
         fit = json.loads((run.path / "fit.json").read_text()) if "fit.json" in there else None
         files = {name: _shareable_file(name, location, experiment, Path(folder)) for name, location in there.items()}
         shown = Experiment.model_validate(shareable(experiment.model_dump(mode="json", exclude_none=True)))
         files["README.md"] = card(shown, target, list(there), fit, run.manifest()).encode()
         with progress.stage(f"pushing to {target}", len(files), 0, "files") as advance:
-            url = hub.push(target, files, f"{experiment.name}, by saets", owned=FOLDERS, private=private)
+            url = hub.push(target, files, f"{experiment.name}, by saets", owned=REPLACED, private=private)
             advance(len(files))
     return url
 
