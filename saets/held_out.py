@@ -59,9 +59,9 @@ class HeldOutScores:
         self._sums[1] += weight @ cosine(predicted, effects, dim=-1).double()
         self._sums[2] += weight @ cosine(self._mean.float()[None], effects, dim=-1).double()
         self._sums[3] += weight @ standard_errors.double().square()
-        y = effects.double()
-        for i, difference in enumerate(((predicted - effects).double(), y - self._mean, y - self._own_mean, y)):
-            self._features[i] += weight @ difference.square()
+        means = (self._mean.float(), self._own_mean.float())
+        for i, difference in enumerate((predicted - effects, *(effects - mean for mean in means), effects)):
+            self._features[i] += weights.float() @ difference.square()
 
     def report(self) -> dict[str, Any]:
         """Figures of the fit beside those of two trivial predictors, and what the measurement's noise leaves.

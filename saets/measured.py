@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +16,6 @@ from saets.store import Table, open_shard
 COLUMNS = ("vector_id", "vector", "effect", "standard_error", "calibration")
 """What a fit reads of the effects."""
 
-Which = Callable[[list[str]], np.ndarray]
-"""Tells by vector_id which rows are wanted."""
-
 
 class ShardRows(NamedTuple):
     """Some rows of a shard."""
@@ -27,7 +24,7 @@ class ShardRows(NamedTuple):
     chosen: np.ndarray
     """[rows of the shard], bool."""
 
-    def tables(self, which: Which | None = None) -> Iterator[pa.Table]:
+    def tables(self) -> Iterator[pa.Table]:
         """The chosen rows, those of a row group after another; groups without any are not read.
 
         Raises:
@@ -38,8 +35,6 @@ class ShardRows(NamedTuple):
             for group in range(file.num_row_groups):
                 end = start + file.metadata.row_group(group).num_rows
                 chosen, start = self.chosen[start:end], end
-                if which and chosen.any():
-                    chosen = chosen & which(file.read_row_group(group, ["vector_id"])["vector_id"].to_pylist())
                 if chosen.any():
                     rows = file.read_row_group(group, list(COLUMNS))
                     yield rows if chosen.all() else rows.filter(pa.array(chosen))
@@ -52,6 +47,9 @@ class MeasuredRows:
     parts: tuple[ShardRows, ...]
     d_model: int
     d_sae: int
+
+    def __len__(self) -> int:
+        return sum(int(part.chosen.sum()) for part in self.parts)
 
     @classmethod
     def of(cls, tables: Sequence[Table]) -> MeasuredRows:

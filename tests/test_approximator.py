@@ -116,6 +116,30 @@ def test_a_penalty_of_zero_with_fewer_rows_than_dimensions_gives_the_solution_of
     assert close(data.X.float() @ found.M + found.b, data.Y, 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("penalty", [0.0, 1e-9, 1e-3, 1e-2])
+def test_products_in_float32_leave_the_solution_what_it_is(penalty: float, dtype: torch.dtype) -> None:
+    """With fewer rows than dimensions, and vectors that are the same but for the rounding of float32."""
+    n, d_model, d_sae = 300, 400, 30
+    generator = torch.Generator().manual_seed(23)
+    vectors = torch.randn(n, d_model, generator=generator)
+    vectors[-20:] = vectors[:20] / 3
+    effects = (1 + torch.randn(n, d_sae, generator=generator)).to(dtype)
+    rows = Moments(d_model, d_sae, block=7)
+    for part in (slice(0, 100), slice(100, None)):
+        rows.add(vectors[part], effects[part])
+    found = ridge(rows, penalty)
+    X = torch.nn.functional.normalize(vectors.double(), dim=-1)
+    X, Y = X - X.mean(0), effects.double() - effects.double().mean(0)
+    u, s, v = torch.linalg.svd(X, full_matrices=False)
+    s = s * (s > 1e-4 * s[0])  # the twenty differences, and that of the rows' mean
+    strength = penalty * s.square().sum() / d_model
+    weights = torch.where(s > 0, s / (s.square() + strength), 0)
+    M = v.T @ (weights[:, None] * (u.T @ Y))
+    assert (found.M - M).norm() < 1e-3 * M.norm()
+    assert (X @ (found.M - M)).norm() < 1e-4 * Y.norm()
+
+
 def test_the_held_out_error_of_every_penalty_equals_predicting_the_rows_one_by_one() -> None:
     train, held_out = rows(30, 5, noise=0.4), rows(13, 6, noise=0.4)
     penalties = [0.0, 1e-4, 1e-2, 0.3, 1.0, 100.0]

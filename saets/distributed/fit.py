@@ -1,12 +1,10 @@
 """Stage 2 as a Ray Train job: each worker takes a share of the rows, and all solve together, by moments or by Adam.
 
-Rows are read from their shards twice, once to fit and once, those held out, to score the fit. No worker keeps any, except Adam
-those it fits.
+Rows are read from their shards once. Those held out wait on disk until the fit is scored; others no worker keeps, except Adam.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,10 +24,17 @@ from saets.distributed.together import agreeing, of_all_workers, sum_over_worker
 from saets.errors import InputError
 from saets.held_out import HeldOutScores, is_held_out
 from saets.measured import MeasuredRows
+from saets.spool import Spool
 from saets.storage import Location
 
-BATCH_ROWS = 256
-"""Rows a worker looks at together: 64 MiB with 131,072 features in float16."""
+BATCH_ROWS = 2048
+"""Rows a worker takes at once, unless their effects would be larger than `BATCH_BYTES`."""
+
+BATCH_BYTES = 64 * 2**20
+"""2,048 rows of 16,384 features, or 256 of 131,072, in float16."""
+
+SCORED_AT_ONCE = 1 / 8
+"""Of a batch, since scoring makes several copies in float32."""
 
 JOB = "job"
 """Name of the folder in `state`."""
@@ -82,8 +87,7 @@ def fit(
     cluster.connect()
     state.delete_folder()  # what a driver left that was killed; Ray Train would go on from there
     filesystem, path = state.for_pyarrow
-    held_out = functools.partial(is_held_out, seed=seed, share=settings.held_out)
-    sizes = {"d_model": rows.d_model, "d_sae": rows.d_sae}
+    sizes = {"rows": len(rows), "d_model": rows.d_model, "d_sae": rows.d_sae}
     work: Any = loop or train  # Ray's type knows no loop that returns something
     trainer = TorchTrainer(
         work,
@@ -93,10 +97,7 @@ def fit(
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": 0.5, **({"GPU": gpus} if gpus else {})} if settings.workers else None,
         ),
-        datasets={
-            "all": shards.dataset(rows, workers=settings.workers),
-            "held_out": shards.dataset(rows, held_out, workers=settings.workers),
-        },
+        datasets={"rows": shards.dataset(rows, settings.workers)},
         dataset_config=EveryRow(),
         run_config=ray.train.RunConfig(
             storage_path=path,
@@ -128,9 +129,9 @@ class EveryRow(ray.train.DataConfig):
 
 
 class Share:
-    """What one worker keeps of its rows: sums of the training rows and of those held out, and the rows that Adam fits."""
+    """What one worker keeps of its rows: sums of those to fit, or with Adam the rows; those held out, on disk."""
 
-    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, config: dict[str, Any], device: torch.device, held_out: Spool) -> None:
         self.settings, self.seed, self.device = Fit.model_validate_json(config["settings"]), config["seed"], device
         self.d_model, self.d_sae = config["d_model"], config["d_sae"]
         self.rows, self.weight, self.capped = (torch.zeros(n, dtype=torch.float64, device=device) for n in (2, 2, 1))
@@ -139,43 +140,71 @@ class Share:
         self.moments = [Moments(self.d_model, self.d_sae, device) for _ in range(2)] if by_ridge else []
         self.training: list[TrainingRows] = []
         self.bad: list[str] = []
+        self._held_out = held_out
+        self._batch_rows = max(min(BATCH_ROWS, BATCH_BYTES // (2 * self.d_sae)), 1)
 
-    def add(self, batch: dict[str, Any]) -> None:
-        """Take rows; those that hold NaN or infinity are noted and left out."""
-        rows, ids = _Rows.of(batch, self.settings, self.device), np.array(batch["vector_id"])
-        held_out = torch.from_numpy(is_held_out(list(ids), self.seed, self.settings.held_out)).to(self.device)
-        counted, finite = rows.weights > 0, finite_rows(rows.vectors, rows.effects)
-        self.capped += rows.capped.sum()
-        self.bad += list(ids[(counted & ~finite).cpu().numpy()])
+    def read(self) -> None:
+        """Take this worker's rows from the Dataset.
+
+        Raises:
+            InputError: a shard that cannot be read, or no room on disk for the rows held out.
+        """
+        rows = ray.train.get_dataset_shard("rows")
+        try:
+            for batch in rows.iter_batches(batch_size=self._batch_rows, batch_format="numpy"):
+                self._take(batch)
+        except ray.exceptions.RayError as error:
+            raise input_error(error) or error from error
+
+    def _take(self, batch: dict[str, Any]) -> None:
+        """Where rows hold NaN or infinity they are noted, and others no more than counted: the job ends after the last."""
+        ids, capped = np.array(batch["vector_id"]), np.array(batch["calibration"]) == "capped"
+        weights = np.where(capped, self.settings.capped_weight, 1.0)
+        held_out = is_held_out(list(ids), self.seed, self.settings.held_out)
+        self.capped += int(capped.sum())
         for i, part in enumerate((~held_out, held_out)):
-            chosen = part & counted & finite
-            x, y, w = rows.vectors[chosen], rows.effects[chosen], rows.weights[chosen]
-            self.rows[i] += len(x)
-            self.weight[i] += w.sum()
-            if self.moments:
-                self.moments[i].add(x, y, w)
+            chosen = part & (weights > 0)
+            columns = (batch["vector"], batch["effect"], batch["standard_error"], weights)
+            rows = _Rows(*(column[chosen] for column in columns))
+            self.rows[i] += len(rows.weights)
+            self.weight[i] += rows.weights.sum()
+            self.bad += list(ids[chosen][~rows.finite])
+            if self.bad:
                 continue
-            self.effects[i] += w @ y.double()
-            if not i:
-                self.training.append(TrainingRows(list(ids[chosen.cpu().numpy()]), x, y, w))
+            if i:
+                self._held_out.add(*rows)
+                continue
+            x, y, _, w = rows.on(self.device)
+            self._sum(i, x, y, w)
+            if not self.moments:
+                self.training.append(TrainingRows(list(ids[chosen]), x, y, w))
 
-    def sum_over_workers(self) -> None:
-        """Make the sums those of all workers.
+    def _sum(self, i: int, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> None:
+        if self.moments:
+            self.moments[i].add(x, y, w)
+        else:
+            self.effects[i] += w.float() @ y.float()
+
+    def complete(self) -> None:
+        """Add up the rows held out, and make all sums those of all workers.
 
         Raises:
             InputError: NaN or infinity in the rows, or too few; in all workers alike.
         """
         bad = sorted(of_all_workers(self.bad))
-        sum_over_workers([self.rows, self.weight, self.capped, self.effects, *(t for m in self.moments for t in m.tensors())])
+        sum_over_workers([self.rows, self.weight, self.capped])
         train, held_out = (int(rows) for rows in self.rows.tolist())
         if bad:
             named = ", ".join(bad[:NAMED]) + (", ..." if len(bad) > NAMED else "")
             raise InputError(
-                f"{len(bad)} of {train + held_out + len(bad)} measured effects hold NaN or infinity ({named}); measure those "
-                "vectors again, into a new --out folder"
+                f"{len(bad)} of {train + held_out} measured effects hold NaN or infinity ({named}); measure those vectors again, "
+                "into a new --out folder"
             )
         if train < 2 or held_out < 1:
             raise InputError(self._too_few(train, held_out))
+        for x, y, _, w in self._rows_held_out(self._batch_rows):
+            self._sum(1, x, y, w)
+        sum_over_workers([self.effects, *(t for m in self.moments for t in m.tensors())])
 
     def _too_few(self, train: int, held_out: int) -> str:
         capped = int(self.capped.item())
@@ -188,49 +217,37 @@ class Share:
             "but it is chosen on held-out rows"
         )
 
+    def _rows_held_out(self, at_once: int) -> Iterator[list[torch.Tensor]]:
+        for columns in self._held_out.batches(at_once):
+            yield _Rows(*columns).on(self.device)
+
     def score(self, approximator: EffectApproximator) -> dict[str, Any]:
-        """The held-out report of a fit to the training rows, by all workers together, from the rows read again."""
+        """The held-out report of a fit to the training rows, by all workers together."""
         sums = torch.stack([moments.y for moments in self.moments]) if self.moments else self.effects
         scores = HeldOutScores(*(sums / self.weight[:, None]))
-        with agreeing():
-            for batch in _batches("held_out"):
-                rows = _Rows.of(batch, self.settings, self.device)
-                chosen = rows.weights > 0
-                x, y, errors, weights = (part[chosen] for part in (rows.vectors, rows.effects, rows.errors, rows.weights))
-                scores.add(approximator, x.float(), y.float(), errors, weights)
+        for x, y, errors, w in self._rows_held_out(max(int(SCORED_AT_ONCE * self._batch_rows), 1)):
+            scores.add(approximator, x.float(), y.float(), errors, w)
         sum_over_workers(scores.tensors())
         return scores.report()
 
 
 class _Rows(NamedTuple):
-    """A batch as tensors on the worker's device."""
+    """Columns of some rows."""
 
-    vectors: torch.Tensor
-    effects: torch.Tensor
+    vectors: np.ndarray
+    effects: np.ndarray
     """[rows, d_sae], as they are stored."""
-    errors: torch.Tensor
-    weights: torch.Tensor
-    capped: torch.Tensor
+    errors: np.ndarray
+    weights: np.ndarray
 
-    @classmethod
-    def of(cls, batch: dict[str, Any], settings: Fit, device: torch.device) -> _Rows:
-        capped = np.array(batch["calibration"]) == "capped"
-        vectors, effects = (np.stack(list(batch[name])) for name in ("vector", "effect"))
-        errors = np.array(batch["standard_error"], np.float64)
-        weights = np.where(capped, settings.capped_weight, 1.0)
-        return cls(*(torch.from_numpy(column).to(device) for column in (vectors, effects, errors, weights, capped)))
+    @property
+    def finite(self) -> np.ndarray:
+        """Which rows hold neither NaN nor infinity."""
+        return finite_rows(torch.from_numpy(self.vectors), torch.from_numpy(self.effects)).numpy()
 
-
-def _batches(name: str) -> Iterator[dict[str, Any]]:
-    """This worker's share of a Dataset, read anew.
-
-    Raises:
-        InputError: a shard that cannot be read.
-    """
-    try:
-        yield from ray.train.get_dataset_shard(name).iter_batches(batch_size=BATCH_ROWS, batch_format="numpy")
-    except ray.exceptions.RayError as error:
-        raise input_error(error) or error from error
+    def on(self, device: torch.device) -> list[torch.Tensor]:
+        """The columns as tensors on a device."""
+        return [torch.from_numpy(column).to(device) for column in self]
 
 
 class Solution(NamedTuple):
@@ -245,17 +262,18 @@ def train(config: dict[str, Any]) -> Outcome | str | None:
     """One worker: goes through its share of the rows, and solves and scores together with the others."""
     settings, rank = Fit.model_validate_json(config["settings"]), ray.train.get_context().get_world_rank()
     on_gpu = torch.cuda.is_available() and settings.workers
-    share = Share(config, ray.train.torch.get_device() if on_gpu else torch.device("cpu"))
-    try:
-        with agreeing():
-            if settings.solver == "adam" and settings.workers:
-                _check_storage(config["state"])
-            for batch in _batches("all"):
-                share.add(batch)
-        share.sum_over_workers()
-        solution = _ridge(share) if settings.solver == "ridge" else _adam(share)
-    except InputError as error:
-        return str(error)
+    device = ray.train.torch.get_device() if on_gpu else torch.device("cpu")
+    with Spool(int(settings.held_out * config["rows"])) as held_out:
+        share = Share(config, device, held_out)
+        try:
+            with agreeing():
+                if settings.solver == "adam" and settings.workers:
+                    _check_storage(config["state"])
+                share.read()
+            share.complete()
+            solution = _ridge(share) if settings.solver == "ridge" else _adam(share)
+        except InputError as error:
+            return str(error)
     report = {
         "solver": settings.solver,
         "rows_train": int(share.rows[0].item()),
@@ -282,9 +300,8 @@ def _check_storage(state: Location) -> None:
 def _ridge(share: Share) -> Solution:
     """The exact solution from moments; the penalty of least held-out error is used on all rows together."""
     train, held_out = share.moments
-    path = RidgePath(train)
-    penalty, errors = choose_penalty(path, held_out, share.settings.penalties)
-    scores = share.score(path.fit(penalty))
+    penalty, errors = choose_penalty(RidgePath(train), held_out, share.settings.penalties)
+    scores = share.score(ridge(train, penalty))
     train += held_out
     report = {"penalty": penalty, "held_out_mse_by_penalty": errors, "held_out": scores}
     return Solution(ridge(train, penalty), report)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,8 +202,8 @@ def test_a_run_folder_in_a_bucket_is_read_by_any_node_and_keeps_the_checkpoints(
     alone = planted.fit(settings, folder, cluster)
     there = planted.fit(settings.model_copy(update={"workers": 1, "max_failures": 0}), remote, cluster)
     assert torch.allclose(alone.approximator.M, there.approximator.M, atol=1e-5)
-    assert not Shards(planted.write(folder), None).supports_distributed_reads
-    assert Shards(planted.write(remote), None).supports_distributed_reads
+    assert not Shards(planted.write(folder)).supports_distributed_reads
+    assert Shards(planted.write(remote)).supports_distributed_reads
 
 
 def spoiled() -> Planted:
@@ -242,6 +244,29 @@ def test_what_one_worker_finds_wrong_all_raise(cluster: Cluster, folder: Locatio
 
     with pytest.raises(InputError, match="wrong in 0"):
         Planted.of(61, 0.3).fit(Fit(workers=2), folder, cluster, loop=one_finds)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_room_on_disk_for_the_rows_held_out_ends_the_job(cluster: Cluster, folder: Location, workers: int) -> None:
+    def full(config: dict[str, Any]) -> Outcome | str | None:
+        with mock.patch.object(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "r+b")):
+            return train(config)
+
+    with pytest.raises(InputError, match="cannot keep rows in .* set TMPDIR"):
+        Planted.of(61, 0.3).fit(Fit(workers=workers), folder, cluster, loop=full)
+
+
+def test_batches_of_a_few_rows_fit_what_one_batch_fits(cluster: Cluster, folder: Location) -> None:
+    planted = Planted.of(301, 0.3)
+    whole = planted.fit(Fit(), folder / uuid.uuid4().hex, cluster)
+
+    def small(config: dict[str, Any]) -> Outcome | str | None:
+        with mock.patch("saets.distributed.fit.BATCH_BYTES", 7 * 2 * D_SAE):
+            return train(config)
+
+    few = planted.fit(Fit(), folder / uuid.uuid4().hex, cluster, loop=small)
+    assert torch.allclose(few.approximator.M, whole.approximator.M, atol=1e-5)
+    assert few.report["held_out"]["mse"] == pytest.approx(whole.report["held_out"]["mse"], rel=1e-5)
 
 
 def test_a_shard_that_is_gone_is_named(cluster: Cluster, folder: Location) -> None:
