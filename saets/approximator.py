@@ -22,6 +22,9 @@ from saets.tensors import read_tensors, write_tensors
 BLOCK = 1024
 """Features worked on at once: 29 MB of float64 where d_model is 3,584. More than 32 MB Linux hands out anew each time, zeroed."""
 
+SUMS = ("rows", "n", "x", "y", "xx", "xy", "yy")
+"""Names of the sums of `Moments`."""
+
 TRIANGLE_BLOCK = 512
 """Columns of a symmetric product made at once."""
 
@@ -85,8 +88,31 @@ class Moments:
         self.xx, self.xy, self.yy = zeros(d_model, d_model), zeros(d_model, d_sae), zeros(1)
         self._block = block
 
+    def save(self, path: Where) -> None:
+        """Write the sums as safetensors, in float32, whole, to a local path or a URI."""
+        sums = {name: tensor.float() for name, tensor in zip(SUMS, self.tensors(), strict=True)}
+        write_tensors(path, sums, {"format": "saets-moments"})
+
+    @classmethod
+    def load(cls, path: Where) -> Moments:
+        """Read a file written by `save`.
+
+        Raises:
+            InputError: missing or damaged file, wrong keys or shapes.
+        """
+        found, _ = read_tensors(path, f"no moments at {path}; the folder of measured effects is incomplete")
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        loaded = cls(*shapes["xy"]) if len(shapes.get("xy", ())) == 2 else None
+        if loaded is None or shapes != {name: tuple(sums.shape) for name, sums in zip(SUMS, loaded.tensors(), strict=True)}:
+            raise InputError(
+                f"{path} holds {shapes}; expected {', '.join(SUMS)} of d_model and d_sae as `Moments.save` writes them"
+            )
+        for name, sums in zip(SUMS, loaded.tensors(), strict=True):
+            sums.copy_(found[name])
+        return loaded
+
     def tensors(self) -> list[Tensor]:
-        """The sums themselves, to be added up in place."""
+        """The sums themselves, to be added up in place; `SUMS` names them."""
         return [self.rows, self.n, self.x, self.y, self.xx, self.xy, self.yy]
 
     def blocks(self) -> Iterator[slice]:

@@ -197,6 +197,8 @@ class RunFolder:
         self.baseline = Table(self.path / "effects" / "baseline", ["vector_id"])
         self.waiting = Table(self.path / "effects" / "waiting", ["vector_id"])
         self.failures = Table(self.path / "effects" / "failed", ["vector_id"])
+        self.summed = Table(self.path / "effects" / "summed", ["vector_id"])
+        """Vectors whose effects are kept in `moments` alone: what the effects' table says of them, without vector and effect."""
         self.published_effects = Table(self.path / "published" / "effects", ["vector_id"])
         self.generations = Table(self.path / "generations", ["generation_id"])
 
@@ -208,6 +210,11 @@ class RunFolder:
     def fitting(self) -> Location:
         """Folder of what a fit's workers keep while it runs."""
         return self.path / ".fitting"
+
+    @property
+    def moments(self) -> Location:
+        """Sums over the rows of `summed`, which is all that a fit needs of them."""
+        return self.path / "moments.safetensors"
 
     @property
     def approximator(self) -> Location:

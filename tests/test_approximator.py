@@ -333,3 +333,23 @@ def test_a_missing_a_damaged_and_a_foreign_file_are_refused(tmp_path: Path) -> N
         save_file(foreign, path)
         with pytest.raises(InputError, match="expected M"):
             EffectApproximator.load(path)
+
+
+def test_moments_come_back_from_a_file_in_float32_and_give_the_same_fit(tmp_path: Path) -> None:
+    before = moments(rows(40, 1, noise=0.3))
+    before.save(tmp_path / "moments.safetensors")
+    after = Moments.load(tmp_path / "moments.safetensors")
+    assert all(torch.equal(found, saved.float().double()) for found, saved in zip(after.tensors(), before.tensors(), strict=True))
+    assert close(RidgePath(after).fit(1e-3).M, RidgePath(before).fit(1e-3).M, 1e-4)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_a_file_that_holds_no_moments_is_refused(tmp_path: Path, change: str) -> None:
+    before = moments(rows(40, 1))
+    if change == "shape":
+        before.x = before.x[:-1]
+    before.save(tmp_path / "moments.safetensors")
+    if change == "missing":
+        save_file({"xy": before.xy}, tmp_path / "moments.safetensors")
+    with pytest.raises(InputError, match="expected rows, n, x, y, xx, xy, yy"):
+        Moments.load(tmp_path / "moments.safetensors")

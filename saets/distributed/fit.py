@@ -5,7 +5,7 @@ Rows are read from their shards once. Those held out wait on disk until the fit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,9 +71,12 @@ def fit(
     *,
     seed: int,
     gpus: float = 0.0,
+    summed: Moments | None = None,
     loop: Loop | None = None,
 ) -> FitResult:
     """Fit the rows, which each worker streams from their shards; memory does not grow with their number, except Adam's.
+
+    `summed` are the moments of more rows, on the CPU, all of them to fit and none held out; the first worker adds them.
 
     A row is held out by a hash of the seed and its vector_id, so the split does not depend on order, shards or workers. Ridge
     uses the penalty of least held-out error on all rows together; Adam fits the training rows. A worker that dies is replaced,
@@ -81,9 +84,11 @@ def fit(
     process keep Adam's checkpoints in the folder `state`, which is empty afterwards.
 
     Raises:
-        InputError: too few rows, numbers that are not finite, a shard that cannot be read, or a `state` that the node of a
-            worker with checkpoints to keep does not see. All end the job at once.
+        InputError: moments that Adam cannot use or of another shape, too few rows, numbers that are not finite, a shard that
+            cannot be read, or a `state` that the node of a worker with checkpoints to keep does not see. All end the job at once.
     """
+    if summed is not None:
+        _check_summed(summed, rows, settings)
     cluster.connect()
     state.delete_folder()  # what a driver left that was killed; Ray Train would go on from there
     filesystem, path = state.for_pyarrow
@@ -91,7 +96,13 @@ def fit(
     work: Any = loop or train  # Ray's type knows no loop that returns something
     trainer = TorchTrainer(
         work,
-        train_loop_config={"settings": settings.model_dump_json(), "seed": seed, "state": state, **sizes},
+        train_loop_config={
+            "settings": settings.model_dump_json(),
+            "seed": seed,
+            "state": state,
+            "summed": None if summed is None else ray.put([tensor.numpy() for tensor in summed.tensors()]),
+            **sizes,
+        },
         scaling_config=ScalingConfig(
             num_workers=settings.workers,
             use_gpu=gpus > 0,
@@ -119,6 +130,20 @@ def fit(
     return FitResult(EffectApproximator(torch.from_numpy(outcome.M), torch.from_numpy(outcome.b)), outcome.report)
 
 
+def _check_summed(summed: Moments, rows: MeasuredRows, settings: Fit) -> None:
+    """Raise `InputError` where sums cannot stand for the rows that they are made of."""
+    reason = None
+    if settings.solver == "adam":
+        reason = "fit.solver = 'adam' needs every row, and some that come with the experiment are sums"
+    elif settings.capped_weight != 1:
+        reason = f"fit.capped_weight is {settings.capped_weight:g}, and in the sums that come with the experiment it is 1"
+    elif summed.xy.shape != (rows.d_model, rows.d_sae):
+        come, measured = tuple(summed.xy.shape), (rows.d_model, rows.d_sae)
+        reason = f"the sums that come with the experiment are of d_model and d_sae {come}, the measured effects of {measured}"
+    if reason:
+        raise InputError(f"{reason}; change that, or give --measure to fit only effects measured in this run")
+
+
 class EveryRow(ray.train.DataConfig):
     """Shares the rows out and leaves none over; Ray's own way drops what does not divide evenly."""
 
@@ -142,6 +167,13 @@ class Share:
         self.bad: list[str] = []
         self._held_out = held_out
         self._batch_rows = max(min(BATCH_ROWS, BATCH_BYTES // (2 * self.d_sae)), 1)
+
+    def include(self, summed: Sequence[np.ndarray]) -> None:
+        """Take rows to fit that are given as `Moments.tensors`."""
+        for sums, more in zip(self.moments[0].tensors(), summed, strict=True):
+            sums += torch.from_numpy(more).to(self.device)
+        self.rows[0] += self.moments[0].rows[0]
+        self.weight[0] += self.moments[0].n[0]
 
     def read(self) -> None:
         """Take this worker's rows from the Dataset.
@@ -265,6 +297,8 @@ def train(config: dict[str, Any]) -> Outcome | str | None:
     device = ray.train.torch.get_device() if on_gpu else torch.device("cpu")
     with Spool(int(settings.held_out * config["rows"])) as held_out:
         share = Share(config, device, held_out)
+        if config["summed"] is not None and not rank:
+            share.include(ray.get(config["summed"]))
         try:
             with agreeing():
                 if settings.solver == "adam" and settings.workers:

@@ -39,7 +39,8 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
         for shard in shipped.baseline.shards():
             run.baseline.write(read_shard(shard))
     with EffectWriter(run, experiment.effects) as writer:
-        known = [_numbers(run.effects), _numbers(run.waiting), _numbers(shipped.effects if shipped else None)]
+        there = [run.effects, run.waiting, *((shipped.effects, shipped.summed) if shipped else ())]
+        known = [_numbers(table) for table in there]
         if not retry_failed:
             known.append(_numbers(run.failures))
         pending = Pending(experiment, d_model, np.concatenate(known), run.baseline.ids())
@@ -82,9 +83,9 @@ def _measure(session: Session, pending: Pending, writer: EffectWriter, shipped: 
             advance(len(results))
 
 
-def _numbers(table: Table | None) -> NDArray[np.uint64]:
+def _numbers(table: Table) -> NDArray[np.uint64]:
     """The vectors of a table, by the numbers of their ids."""
-    frame = table.read(["vector_id"]) if table else None
+    frame = table.read(["vector_id"])
     return np.empty(0, np.uint64) if frame is None else id_numbers(frame["vector_id"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from saets.approximator import EffectApproximator
+from saets.approximator import EffectApproximator, Moments
 from saets.config import Fit, settings_hash
 from saets.distributed import fit as distributed
 from saets.errors import InputError
@@ -23,12 +23,13 @@ def fit_approximator(session: Session) -> None:
     """
     experiment, run, shipped = session.experiment, session.run, session.shipped()
     tables = [run.effects, *([shipped.effects] if shipped else [])]
+    summed = shipped.summed.ids() if shipped else set()
     if stands_in(session):
         use_published_effects(session)
         tables = [run.published_effects]
     ids = [sorted(table.ids()) for table in tables]
-    rows = sum(map(len, ids))
-    inputs = settings_hash([fit_settings(experiment.fit), experiment.seed, ids])
+    rows = sum(map(len, ids)) + len(summed)
+    inputs = settings_hash([fit_settings(experiment.fit), experiment.seed, ids, *([sorted(summed)] if summed else [])])
     if run.manifest().get("fit", {}).get("inputs") == inputs and run.approximator.is_file():
         return
     if rows < 3:
@@ -41,6 +42,7 @@ def fit_approximator(session: Session) -> None:
             run.fitting,
             seed=experiment.seed,
             gpus=min(experiment.execution.gpus_per_actor, 1),  # more are for a model spread over them
+            summed=Moments.load(shipped.moments) if shipped and summed else None,
         )
         advance(rows)
     failed = run.failures.ids() - set().union(*ids)

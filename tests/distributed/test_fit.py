@@ -116,6 +116,40 @@ def test_capped_rows_count_as_much_as_the_setting_says(cluster: Cluster, folder:
     assert found.report["rows_train"] == (counted & ~planted.held_out).sum()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_given_as_moments_count_as_rows_to_fit(cluster: Cluster, folder: Location, workers: int) -> None:
+    planted, here = Planted.of(300, 0.3), np.arange(300) < 120
+    apart = here | planted.held_out
+    summed, expected = Moments(D_MODEL, D_SAE), Moments(D_MODEL, D_SAE)
+    summed.add(*(torch.from_numpy(rows[~apart]) for rows in (planted.X, planted.Y)))
+    expected.add(torch.from_numpy(planted.X), torch.from_numpy(planted.Y))
+    some = Planted(planted.X[apart], planted.Y[apart], [planted.ids[i] for i in np.flatnonzero(apart)], planted.M, planted.b)
+    place = folder / uuid.uuid4().hex
+    alone = planted.fit(Fit(penalties=(0.1,)), folder / uuid.uuid4().hex, cluster)
+    found = some.fit(Fit(penalties=(0.1,), workers=workers), place, cluster, summed=summed)
+    assert torch.allclose(found.approximator.M, RidgePath(expected).fit(0.1).M, atol=1e-5)
+    assert (found.report["rows_train"], found.report["rows_held_out"]) == ((~planted.held_out).sum(), planted.held_out.sum())
+    assert found.report["held_out"]["mse"] == pytest.approx(alone.report["held_out"]["mse"], rel=1e-5)
+    assert found.report["held_out"]["cosine_mean_effect"] == pytest.approx(
+        alone.report["held_out"]["cosine_mean_effect"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "said"),
+    [
+        (Fit(solver="adam"), (D_MODEL, D_SAE), "fit.solver = 'adam' needs every row.* give --measure"),
+        (Fit(capped_weight=0.5), (D_MODEL, D_SAE), "fit.capped_weight is 0.5.* give --measure"),
+        (Fit(), (D_MODEL, D_SAE + 1), r"\(8, 13\).* give --measure"),
+    ],
+)
+def test_moments_that_cannot_be_fitted_with_the_rows_are_refused(
+    cluster: Cluster, folder: Location, settings: Fit, sizes: tuple[int, int], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        Planted.of(30, 0.1).fit(settings, folder / uuid.uuid4().hex, cluster, summed=Moments(*sizes))
+
+
 def test_settings_that_change_nothing_do_not_make_an_old_fit_invalid() -> None:
     assert fit_settings(Fit()) == {"penalties": list(Fit().penalties), "held_out": 0.1}
     assert fit_settings(Fit(workers=2, max_failures=0, epochs=3)) == fit_settings(Fit())
