@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from saets.errors import unknown
 from saets.model_config import Model, Sae, Section
+from saets.prompts import PAPER_PROMPTS
 
 PRESETS = Path(__file__).parent / "presets"
 PACKAGED = "preset:"
@@ -28,12 +29,6 @@ LOSS_RULES = ("loss_increase", "target_loss", "fixed_scale")
 
 METHOD_IDS = ("caa", "sae", "sae_ts")
 """Steering methods, by the ids used in settings, files and columns."""
-
-PAPER_PROMPTS = (
-    *("", "", "", "I think", "Breaking news", "Last night", "For sale", "The weather", "Dear Sir/Madam"),
-    *("Preheat the oven", "It's interesting that", "Assistant:", "I went up to", "New study suggests"),
-)
-"""The 14 prompts of the paper's rollouts; the empty one (BOS alone) stands three times."""
 
 
 class NamedSource(Section):

@@ -60,22 +60,25 @@ class Failure(NamedTuple):
 class EffectWorker:
     """Holds one model and one SAE, loaded once; turns items into measurements. Knows nothing of where it runs."""
 
-    def __init__(self, experiment: Experiment, rows: int | None = None) -> None:
+    def __init__(self, experiment: Experiment, rows: int | None = None, *, engine: RolloutEngine | None = None) -> None:
         """Loads the model and the SAE and runs the calibration text.
 
         `rows` is the number of rows a step that an earlier run recorded; by default `execution.rows`, and where that is `auto`
-        as many as the free memory holds.
+        as many as the free memory holds. An `engine` given stands for the experiment's model, its hook and its sampling.
 
         Raises:
             InputError: see `load_model`, `load_sae`, `RolloutEngine`, `calibration_tokens` and `Calibrator`.
         """
         settings = experiment.effects
         self.experiment = experiment
-        self.model = load_model(experiment.model)
-        self.engine = RolloutEngine(self.model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
-        self.sae = load_sae(experiment.sae, self.model.cfg.d_model, self.engine.hook_device)
+        self.model: Any = None if engine else load_model(experiment.model)
+        """The model as a `TransformerBridge`; None where an engine was given."""
+        self.engine = engine or RolloutEngine(
+            self.model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature
+        )
+        self.sae = load_sae(experiment.sae, self.engine.decoder.d_model, self.engine.hook_device)
         self.calibrator = Calibrator(
-            self.engine.decoder, calibration_tokens(self.model.tokenizer, settings), scale_rule(settings)
+            self.engine.decoder, calibration_tokens(self.engine.tokenizer, settings), scale_rule(settings)
         )
         self.rows = rows_per_step(rows or self._rows(), rollouts_per_vector(settings))
         """Rows decoded in one step; halved each time memory runs out."""

@@ -36,7 +36,7 @@ FLOORS = (
     },
     {"engine", "results", "approximator", "held_out", "methods"},
     {"goal", "vector", "records", "terminal", "experiment", "config", "model_config"},
-    {"tokens", "hooks", "progress", "spool", "quiet", "shapes", "storage", "lock", "tensors", "hub", "errors"},
+    {"tokens", "hooks", "prompts", "progress", "spool", "quiet", "shapes", "storage", "lock", "tensors", "hub", "errors"},
 )
 """From the door down to the ground; a module imports from its own floor and from floors below."""
 

@@ -1,0 +1,120 @@
+"""Part `effects`: what many vectors do to the features of the SAE, measured in this process, by the settings of the preset.
+
+Vectors come in a mixed order, so those measured so far are a fair sample of all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random as chance
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from assets.language_model import LanguageModel
+from assets.parts import Build, Need, Progress, whole
+from assets.plain_sae import PlainSae
+from assets.settings import Settings
+from saets import sae
+from saets.config import BASELINE, Experiment
+from saets.effects import EffectWorker, Measurement, baseline_items, rollouts_per_vector
+from saets.experiment import load_experiment
+from saets.hooks import layer_of
+from saets.records import VectorItem
+from saets.rows import measurement_rows, measurements_of
+from saets.sources import vector_items
+
+PRESET = "smollm2"
+
+AT_ONCE = {"cpu": 16, "cuda": 512}
+"""Vectors measured together, and kept in one file."""
+
+
+def need(settings: Settings) -> Need:
+    """Mean activations and vectors, four bytes a number."""
+    d_sae, effects = settings.training.d_sae, settings.effects
+    return Need(disk=4.0 * (d_sae + 576) * (d_sae + effects.mixtures + effects.random), memory=5e9)
+
+
+def preset_settings(build: Build) -> Mapping[str, Any]:
+    """What else decides the result: the preset's own settings of model, hook, effects and seed."""
+    experiment = experiment_of(build, Path("sae"))
+    return {"hook_name": experiment.hook_name, "seed": experiment.seed, "effects": experiment.effects.model_dump(mode="json")}
+
+
+def experiment_of(build: Build, folder: Path) -> Experiment:
+    """The preset with the SAE in `folder`, and the vectors to ship in place of those that it measures live."""
+    effects, layer = build.settings.effects, build.settings.training.layer
+    live = {row for source in load_experiment(PRESET).effects.sources for row in getattr(source, "rows", None) or ()}
+    rows = [row for row in range(build.settings.training.d_sae) if row not in live]
+    return preset_with(folder, layer, rows=rows, mixtures=effects.mixtures, random=effects.random, at_once=effects.rows)
+
+
+def preset_with(
+    folder: Path, layer: int, *, rows: Sequence[int], mixtures: int, random: int, at_once: int, others: Sequence[str] = ()
+) -> Experiment:
+    """The preset with another SAE, layer and vectors: these decoder rows, so many mixtures and random ones."""
+    sources = [f"{{kind = 'decoder', rows = {list(rows)}}}"]
+    sources += [f"{{kind = '{kind}', count = {n}}}" for kind, n in (("mixture", mixtures), ("random", random)) if n]
+    return load_experiment(
+        PRESET,
+        [
+            f"hook_name='blocks.{layer}.hook_resid_post'",
+            f"sae.path='{folder}'",
+            f"effects.sources=[{', '.join(sources)}]",
+            f"execution.rows={at_once}",
+            *others,
+        ],
+    )
+
+
+def make(build: Build, folder: Path) -> Mapping[str, Any]:
+    """Files of some measurements each, the baseline's blocks first."""
+    experiment = experiment_of(build, build.folder("sae") / "sae")
+    measure(LanguageModel.load(build.settings.subject), experiment, folder)
+    outcomes = Counter(found.calibration.outcome for found in measurements(folder) if found.item.source != BASELINE)
+    return {
+        "vectors": sum(outcomes.values()),
+        "capped": outcomes["capped"],
+        "rollouts_a_vector": rollouts_per_vector(experiment.effects),
+    }
+
+
+def measure(loaded: LanguageModel, experiment: Experiment, folder: Path) -> None:
+    """Measure the baseline and all vectors of the experiment into `folder`, those that are not there yet."""
+    if importlib.util.find_spec("sae_lens") is None:
+        sae.LOADERS["folder"] = lambda spec, d_model: PlainSae(Path(str(spec.path)))
+    settings = experiment.effects
+    engine = loaded.engine(layer_of(experiment.hook_name), top_k=settings.top_k, temperature=settings.temperature)
+    items = [*baseline_items(experiment, engine.decoder.d_model), *_vectors(experiment, engine.decoder.d_model)]
+    at_once = AT_ONCE[engine.device.type]
+    starts = range(0, len(items), at_once)
+    missing = [start for start in starts if not _file(folder, start).exists()]
+    if not missing:
+        return
+    worker = EffectWorker(experiment, engine=engine)
+    progress = Progress("effects, vectors", len(items), (len(starts) - len(missing)) * at_once)
+    for start in missing:
+        found = [result for result in worker.measure(items[start : start + at_once]) if isinstance(result, Measurement)]
+        whole(_file(folder, start), lambda path, found=found: pq.write_table(measurement_rows(found), path))
+        progress.at(start + at_once)
+
+
+def measurements(folder: Path) -> Iterator[Measurement]:
+    """All measurements, the baseline's blocks first."""
+    for path in sorted(folder.glob("measured-*.parquet")):
+        yield from measurements_of(pq.read_table(path))
+
+
+def _vectors(experiment: Experiment, d_model: int) -> list[VectorItem]:
+    """Each vector once."""
+    items = list({item.vector_id: item for item in vector_items(experiment, d_model)}.values())
+    chance.Random(experiment.seed).shuffle(items)
+    return items
+
+
+def _file(folder: Path, start: int) -> Path:
+    return folder / f"measured-{start:06d}.parquet"

@@ -1,0 +1,200 @@
+"""Parts `compare` and `sae`: sparse autoencoders trained by SAELens on the residuals, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from assets import quality, residuals
+from assets.parts import Build, Need, Progress, whole
+from assets.settings import Settings, Training
+from saets.errors import InputError, unknown
+
+KINDS = ("topk", "batch_topk", "jumprelu")
+
+WARM_UP, DECAY = 0.02, 0.25
+"""Parts of all steps over which the learning rate rises and, at the end, falls to a tenth."""
+
+CHECKPOINTS = 8
+SCALING_BATCHES = 20
+"""Batches from which the mean norm of a residual is estimated."""
+
+
+def need(settings: Settings) -> Need:
+    """The SAE with Adam's state, a file of residuals, and checkpoints."""
+    training = settings.training
+    weights = 4 * 2 * 576 * training.d_sae
+    return Need(disk=3.0 * weights * CHECKPOINTS, memory=5.0 * weights + 60.0 * training.batch * training.d_sae + 2e9)
+
+
+def make(build: Build, folder: Path) -> Mapping[str, Any]:
+    """The shipped SAE, as SAELens reads it, and its quality."""
+    return trained(build, build.settings.training, folder)
+
+
+def compare(build: Build, folder: Path) -> Mapping[str, Any]:
+    """Every kind at the shipped layer, and the shipped kind at the other layers and twice the width, on fewer tokens."""
+    basis = replace(build.settings.training, tokens=build.settings.compare.tokens)
+    variants = [replace(basis, kind=kind) for kind in KINDS]
+    variants += [replace(basis, layer=layer) for layer in build.settings.residuals.layers if layer != basis.layer]
+    variants.append(replace(basis, d_sae=2 * basis.d_sae))
+    found = {}
+    for training in variants:
+        name = _name(training)
+        report = folder / name / "quality.json"
+        if not report.exists():
+            report.parent.mkdir(exist_ok=True)
+            facts = trained(build, training, report.parent)
+            whole(report, lambda path, facts=facts: path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8"))
+        found[name] = json.loads(report.read_text(encoding="utf-8"))
+        print(f"{name}: {json.dumps(found[name])}", file=sys.stderr)
+    return {"variants": found}
+
+
+def compared(build: Build, layer: int) -> Path:
+    """Folder of the compared SAE of the shipped kind and width at a layer."""
+    return build.folder("compare") / _name(replace(build.settings.training, layer=layer))
+
+
+def _name(training: Training) -> str:
+    return f"{training.kind}-layer{training.layer}-{training.d_sae}"
+
+
+def trained(build: Build, training: Training, folder: Path) -> dict[str, Any]:
+    """Train one SAE into `folder`/sae, in float16, going on from the last checkpoint there; what it is worth on held-out text.
+
+    Raises:
+        InputError: an unknown kind, or fewer residuals than are to be held out and trained on.
+    """
+    from sae_lens import SAE, SAETrainer
+    from sae_lens.config import SAETrainerConfig
+
+    files = residuals.files(build, training.layer)
+    if not files:
+        raise InputError(f"no residuals at layer {training.layer}; add it to residuals.layers")
+    apart, _ = residuals.held_out(build, training.layer)
+    held_out = torch.from_numpy(np.load(apart)[: training.held_out]).float()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    steps = training.tokens // training.batch
+    torch.manual_seed(build.settings.subject.seed)
+    making = _training_sae(training, held_out.shape[1], device, steps)
+    making.cfg.metadata.hook_name = f"blocks.{training.layer}.hook_resid_post"
+    making.cfg.metadata.model_name = Path(build.settings.subject.model).name
+    batches = Batches(files[1:], training.batch, build.settings.subject.seed, Progress(f"sae {training.kind}, steps", steps))
+    trainer: Any = SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=steps * training.batch,
+            train_batch_size_samples=training.batch,
+            device=device,
+            lr=training.lr,
+            lr_end=training.lr / 10,
+            lr_warm_up_steps=round(WARM_UP * steps),
+            lr_decay_steps=round(DECAY * steps),
+            n_checkpoints=CHECKPOINTS,
+            checkpoint_path=str(folder / "checkpoints"),
+            n_batches_for_norm_estimate=SCALING_BATCHES,
+            autocast=True,
+        ),
+        sae=making,
+        data_provider=batches,
+    )
+    with _quietly():
+        if checkpoint := _latest(folder / "checkpoints"):
+            making.load_weights_from_checkpoint(checkpoint)
+            trainer.load_trainer_state(checkpoint)
+            batches.skip(trainer.n_training_steps + SCALING_BATCHES)
+        sae = trainer.fit()
+        whole(folder / "sae", lambda path: _save(sae, path))
+        loaded: Any = SAE.load_from_disk(str(folder / "sae"), device=device).float()
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return {"layer": training.layer, "tokens": steps * training.batch, **quality.of(build, loaded, training.layer, held_out)}
+
+
+class Batches(Iterator[Tensor]):
+    """Residuals, float32 [batch, d_model], a file after another, each mixed; from the first again after the last."""
+
+    def __init__(self, files: list[Path], batch: int, seed: int, progress: Progress) -> None:
+        if not files:
+            raise InputError("one file of residuals, which is held out; give more tokens")
+        self._files, self._batch, self._seed, self._progress = files, batch, seed, progress
+        self._given = 0
+        self._left = self._all()
+
+    def _all(self) -> Iterator[Tensor]:
+        for turn in itertools.count():
+            for i, file in enumerate(self._files):
+                data = torch.from_numpy(np.load(file))
+                generator = torch.Generator().manual_seed(2**20 * self._seed + 1000 * turn + i)
+                for part in torch.randperm(len(data), generator=generator).split(self._batch):
+                    if len(part) == self._batch:
+                        yield data[part].float()
+
+    def __next__(self) -> Tensor:
+        self._given += 1
+        self._progress.at(self._given)
+        return next(self._left)
+
+    def skip(self, batches: int) -> None:
+        """Leave out what an earlier run was given."""
+        for _ in range(batches):
+            next(self._left)
+        self._given += batches
+
+
+def _training_sae(training: Training, d_in: int, device: str, steps: int) -> Any:
+    from sae_lens import (
+        BatchTopKTrainingSAE,
+        BatchTopKTrainingSAEConfig,
+        JumpReLUTrainingSAE,
+        JumpReLUTrainingSAEConfig,
+        TopKTrainingSAE,
+        TopKTrainingSAEConfig,
+    )
+
+    sizes: dict[str, Any] = {
+        "d_in": d_in,
+        "d_sae": training.d_sae,
+        "device": device,
+        "normalize_activations": "expected_average_only_in",
+    }
+    if training.kind == "topk":
+        return TopKTrainingSAE(TopKTrainingSAEConfig(k=training.k, **sizes))
+    if training.kind == "batch_topk":
+        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=training.k, **sizes))
+    if training.kind == "jumprelu":
+        sparse: dict[str, Any] = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(training.k)}
+        return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(l0_warm_up_steps=steps // 5, **sparse, **sizes))
+    raise unknown("kind of SAE", training.kind, KINDS)
+
+
+def _save(sae: Any, folder: Path) -> None:
+    sae.save_inference_model(str(folder))
+    weights = {name: tensor.half() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
+    save_file(weights, folder / "sae_weights.safetensors")
+    (folder / "sparsity.safetensors").unlink(missing_ok=True)
+
+
+def _latest(folder: Path) -> Path | None:
+    """The last checkpoint that is whole; SAELens writes the trainer's state and then its scaling last."""
+    whole_ones = [path.parent for path in folder.glob("*/activation_scaler.json")]
+    return max(whole_ones, key=lambda path: int(path.name.rpartition("_")[2]), default=None)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without SAELens' own progress bar."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield

@@ -1,0 +1,45 @@
+"""How many rollouts a vector are enough, and how long: fits to effects that cost the same number of tokens.
+
+    python scripts/study_rollouts.py [--work build/assets] [--set section.key=value ...]
+
+Many vectors measured by few rollouts, or few by many: each fit is scored on the same other vectors, which are measured by the
+paper's 896 rollouts of 32 tokens. The study is the part `rollouts` of `build_assets.py`, whose settings these are too
+(`rollouts.tokens`, `rollouts.each`, `rollouts.lengths`), and can be stopped and gone on with. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from assets.parts import Build
+from assets.settings import Settings
+from build_assets import PARTS
+
+from saets.errors import InputError
+
+
+def main() -> None:
+    """Run the study and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/assets"))
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a setting")
+    given = parser.parse_args()
+    try:
+        build = Build(given.work, Settings().replaced(given.set), PARTS)
+        build.make(["rollouts"])
+    except InputError as error:
+        sys.exit(f"study_rollouts: {error}")
+    facts = build.facts("rollouts")
+    print(f"{'a vector':28} {'vectors':>8} {'R2':>8} {'cosine':>8} {'penalty':>9}")
+    for name, found in facts["fits"].items():
+        print(f"{name:28} {found['vectors']:8} {found['r2']:8.4f} {found['cosine']:8.4f} {found['penalty']:9.3g}")
+    print(json.dumps({name: facts[name] for name in ("tokens", "fits", "date", "machine")}))
+
+
+if __name__ == "__main__":
+    main()
