@@ -8,37 +8,42 @@ Parts, each made with those that it needs: `writing` (text that the model writes
 these but `compare`. Studies by the fit to effects: `layers`, `targets` (of calibration), `rollouts` (how many, how long). What
 a changed setting decides is made anew, and nothing else.
 
-All but `compare`, `sae` and `ship` use a GPU where there is one, and need neither Ray, SAELens nor TransformerLens: carry the
-work folder there and back, with `--set subject.model=FOLDER` where the package with the weights is not installed. What `passages`
-needs of Debian's packages is named by `--list`.
+All but `passages` and `ship` use a GPU where there is one. Carry the work folder to a machine with one and back, with `--set
+subject.model=FOLDER` where the package with the weights is not installed: no part but `ship` needs Ray or TransformerLens, none
+but `compare` and `sae` SAELens, and `writing` and `residuals` need torch and transformers alone. What `passages` needs of Debian's
+packages is named by `--list`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from assets import cards, measuring, passages, residuals, studies, training, writing
 from assets.parts import Build, Part
 from assets.settings import Settings
 
 from saets.errors import InputError
 
 
-def _ship(build: Build, folder: Path) -> Mapping[str, Any]:
-    from assets import shipping  # which needs all that the package needs
+class Later:
+    """The functions of a module, which is imported when one is called: some need more packages than others."""
 
-    return shipping.make(build, folder)
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *given: getattr(importlib.import_module(self._module), name)(*given)
 
 
-STUDIES = ("compare", "layers", "targets", "rollouts")
-"""Parts that inform a choice and that nothing shipped is made of."""
+writing, passages, residuals, training = (Later(f"assets.{name}") for name in ("writing", "passages", "residuals", "training"))
+cards, measuring, studies, shipping = (Later(f"assets.{name}") for name in ("cards", "measuring", "studies", "shipping"))
 
 PARTS = {
     "writing": Part(writing.make, ("subject", "writing"), need=writing.need),
@@ -51,8 +56,11 @@ PARTS = {
     "layers": Part(studies.layers, ("layers", "effects"), ("compare",), also=measuring.preset_settings),
     "targets": Part(studies.targets, ("targets", "effects"), ("sae",), also=measuring.preset_settings),
     "rollouts": Part(studies.rollouts, ("rollouts", "effects"), ("sae",), also=measuring.preset_settings),
-    "ship": Part(_ship, (), ("writing", "passages", "sae", "cards", "effects")),
+    "ship": Part(shipping.make, (), ("writing", "passages", "sae", "cards", "effects")),
 }
+
+STUDIES = ("compare", "layers", "targets", "rollouts")
+"""Parts that inform a choice and that nothing shipped is made of."""
 
 
 def main() -> None:

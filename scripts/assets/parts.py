@@ -118,7 +118,8 @@ class Build:
                 **facts,
             }
             whole(folder / MADE, lambda path, made=made: path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8"))
-            print(f"{name}: {json.dumps(facts)}", file=sys.stderr)
+            said = ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, Mapping))
+            print(f"{name}: {said or 'made'}", file=sys.stderr)
 
     def _settings(self, name: str) -> dict[str, Any]:
         return {section: dataclasses.asdict(getattr(self.settings, section)) for section in self.parts[name].reads}

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,5 +115,5 @@ def _experiment(build: Build, sae: Path, layer: int, rows: list[int], random: in
 
 
 def _said(name: str, report: dict[str, Any]) -> dict[str, Any]:
-    print(f"{name}: {json.dumps(report)}", file=sys.stderr)
+    print(f"{name}: {report['vectors']} vectors, R2 {report['r2']:.4f}, cosine {report['cosine']:.4f}", file=sys.stderr)
     return report
