@@ -10,7 +10,7 @@ a changed setting decides is made anew, and nothing else.
 
 All but `passages` and `ship` use a GPU where there is one. Carry the work folder to a machine with one and back, with `--set
 subject.model=FOLDER` where the package with the weights is not installed: no part but `ship` needs Ray or TransformerLens, none
-but `compare` and `sae` SAELens, and `writing` and `residuals` need torch and transformers alone. What `passages` needs of Debian's
+but `compare` and `sae` SAELens, and `writing` and `residuals` only torch and transformers. What `passages` needs of Debian's
 packages is named by `--list`.
 """
 

@@ -78,7 +78,7 @@ class Training:
 class Compare:
     """Kinds, layers and widths beside each other."""
 
-    tokens: int = 1_000_000
+    tokens: int = 500_000
     """On which each is trained."""
 
 
