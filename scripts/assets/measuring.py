@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from assets.language_model import LanguageModel
@@ -36,7 +37,7 @@ AT_ONCE = {"cpu": 16, "cuda": 512}
 def need(settings: Settings) -> Need:
     """Mean activations and vectors, four bytes a number."""
     d_sae, effects = settings.training.d_sae, settings.effects
-    return Need(disk=4.0 * (d_sae + 576) * (d_sae + effects.mixtures + effects.random), memory=5e9)
+    return Need(disk=4.0 * (d_sae + 576) * (effects.decoder + effects.mixtures + effects.random), memory=5e9)
 
 
 def preset_settings(build: Build) -> Mapping[str, Any]:
@@ -49,8 +50,14 @@ def experiment_of(build: Build, folder: Path) -> Experiment:
     """The preset with the SAE in `folder`, and the vectors to ship in place of those that it measures live."""
     effects, layer = build.settings.effects, build.settings.training.layer
     live = {row for source in load_experiment(PRESET).effects.sources for row in getattr(source, "rows", None) or ()}
-    rows = [row for row in range(build.settings.training.d_sae) if row not in live]
-    return preset_with(folder, layer, rows=rows, mixtures=effects.mixtures, random=effects.random, at_once=effects.rows)
+    rows = [row for row in decoder_rows(build) if row not in live][: effects.decoder]
+    return preset_with(folder, layer, rows=sorted(rows), mixtures=effects.mixtures, random=effects.random, at_once=effects.rows)
+
+
+def decoder_rows(build: Build) -> list[int]:
+    """All of them, in an order of chance."""
+    order = np.random.default_rng(build.settings.subject.seed).permutation(build.settings.training.d_sae)
+    return [int(row) for row in order]
 
 
 def preset_with(

@@ -94,8 +94,10 @@ class Cards:
 
 @dataclass(frozen=True)
 class Effects:
-    """Vectors beside all decoder rows that the preset does not measure live; how they are measured, the preset says."""
+    """Vectors to measure, none of them those that the preset measures live; how, the preset says."""
 
+    decoder: int = 4096
+    """Decoder rows at most, drawn by chance."""
     mixtures: int = 500
     """Of two decoder rows each."""
     random: int = 300

@@ -33,7 +33,7 @@ def layers(build: Build, folder: Path) -> Mapping[str, Any]:
     found = {}
     for layer in build.settings.residuals.layers:
         sae = training.compared(build, layer) / "sae"
-        experiment = _experiment(build, sae, layer, _decoder_rows(build)[: study.rows], study.random)
+        experiment = _experiment(build, sae, layer, measuring.decoder_rows(build)[: study.rows], study.random)
         found[f"layer {layer}"] = _said(
             f"layer {layer}", fitted(_measured(loaded, experiment, folder / f"layer-{layer}"), experiment)
         )
@@ -46,7 +46,7 @@ def targets(build: Build, folder: Path) -> Mapping[str, Any]:
     found = {}
     for increase in study.loss_increases:
         told = f"effects.loss_increase={increase}"
-        experiment = _of_shipped_sae(build, _decoder_rows(build)[: study.rows], study.random, told)
+        experiment = _of_shipped_sae(build, measuring.decoder_rows(build)[: study.rows], study.random, told)
         name = f"loss increase {increase:g}"
         found[name] = _said(name, fitted(_measured(loaded, experiment, folder / f"increase-{increase:g}"), experiment))
     return {"fits": found}
@@ -58,7 +58,7 @@ def rollouts(build: Build, folder: Path) -> Mapping[str, Any]:
     All are scored on the same other vectors, whose rollouts are as many and as long as the paper's.
     """
     study, loaded = build.settings.rollouts, LanguageModel.load(build.settings.subject)
-    order = _decoder_rows(build)
+    order = measuring.decoder_rows(build)
     told = (f"effects.rollouts={study.truth_each}", f"effects.length={study.truth_length}")
     experiment = _of_shipped_sae(build, order[: study.truth_vectors], 0, *told)
     truth, truth_baseline = parted(_measured(loaded, experiment, folder / "truth"))
@@ -97,12 +97,6 @@ def _measured(loaded: LanguageModel, experiment: Experiment, folder: Path) -> li
     folder.mkdir(exist_ok=True)
     measuring.measure(loaded, experiment, folder)
     return list(measuring.measurements(folder))
-
-
-def _decoder_rows(build: Build) -> list[int]:
-    """All of them, in an order of chance."""
-    order = np.random.default_rng(build.settings.subject.seed).permutation(build.settings.training.d_sae)
-    return [int(row) for row in order]
 
 
 def _of_shipped_sae(build: Build, rows: list[int], random: int, *told: str) -> Experiment:
