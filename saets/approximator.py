@@ -102,7 +102,8 @@ class Moments:
         """
         found, _ = read_tensors(path, f"no moments at {path}; the folder of measured effects is incomplete")
         shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        loaded = cls(*shapes["xy"]) if len(shapes.get("xy", ())) == 2 else None
+        sizes = shapes.get("xy", ())
+        loaded = cls(sizes[0], sizes[1]) if len(sizes) == 2 else None
         if loaded is None or shapes != {name: tuple(sums.shape) for name, sums in zip(SUMS, loaded.tensors(), strict=True)}:
             raise InputError(
                 f"{path} holds {shapes}; expected {', '.join(SUMS)} of d_model and d_sae as `Moments.save` writes them"

@@ -82,6 +82,7 @@ def _quality(fit: Mapping[str, Any]) -> str:
     held_out = fit["held_out"]
     figures = {
         "rows fitted": fit["rows_train"],
+        "rows that came with the package": fit.get("rows_shipped"),
         "rows held out": fit["rows_held_out"],
         "solver": fit["solver"],
         **{name: held_out[name] for name in ("mse", "mse_mean_effect", "mse_zero", "mse_noise", "r2", "r2_ceiling", "cosine")},

@@ -160,3 +160,23 @@ def _fields(section: list[str]) -> list[str]:
         elif name in SOURCES:
             model = SOURCES[name]
     return list(model.model_fields)
+
+
+def effect_settings(experiment: Experiment) -> dict[str, Any]:
+    """The settings that decide what an effect is; rows measured with other ones never share a folder or a fit."""
+    dump = experiment.model_dump(mode="json", exclude_none=True)
+    settings = {key: value for key, value in dump["effects"].items() if key not in ("sources", "shipped")}
+    if settings["dtype"] == "float16":  # what rows are stored in that were measured before there was a choice
+        del settings["dtype"]
+    return {
+        "model": model_settings(experiment),
+        "sae": dump["sae"],
+        "hook_name": experiment.hook_name,
+        "seed": experiment.seed,
+        "effects": settings,
+    }
+
+
+def model_settings(experiment: Experiment) -> dict[str, Any]:
+    """The settings that say which model it is; where it runs does not matter."""
+    return experiment.model.model_dump(mode="json", exclude_none=True, exclude={"device", "device_map"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,14 +52,16 @@ class MeasuredRows:
         return sum(int(part.chosen.sum()) for part in self.parts)
 
     @classmethod
-    def of(cls, tables: Sequence[Table]) -> MeasuredRows:
+    def of(cls, tables: Sequence[Table], leave_out: Collection[str] = ()) -> MeasuredRows:
         """The newest row of each vector_id, from the first of the tables that holds it; reads vector_ids alone.
+
+        Vectors whose id is in `leave_out` are not read.
 
         Raises:
             InputError: no rows at all, or shards whose vectors or effects differ in length (names two, with their shapes).
         """
         parts: list[ShardRows] = []
-        seen: set[str] = set()
+        seen = set(leave_out)
         first: tuple[Location, tuple[int, int]] | None = None
         for table in tables:
             for shard in reversed(table.shards()):

@@ -1,6 +1,6 @@
 """How many rollouts a vector are enough, and how long: fits to effects that cost the same number of tokens.
 
-    python scripts/study_rollouts.py [--work build/assets] [--set section.key=value ...]
+    python scripts/study_rollouts.py [--work build/assets] [--set section.key=value ...] [--skip SOURCE ...]
 
 Many vectors measured by few rollouts, or few by many: each fit is scored on the same other vectors, which are measured by the
 paper's 896 rollouts of 32 tokens. The study is the part `rollouts` of `build_assets.py`, whose settings these are too
@@ -16,9 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from assets.parts import Build
-from assets.settings import Settings
-from build_assets import PARTS
+from build_assets import add_options, build_of
 
 from saets.errors import InputError
 
@@ -26,11 +24,10 @@ from saets.errors import InputError
 def main() -> None:
     """Run the study and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/assets"))
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a setting")
+    add_options(parser)
     given = parser.parse_args()
     try:
-        build = Build(given.work, Settings().replaced(given.set), PARTS)
+        build = build_of(given)
         build.make(["rollouts"])
     except InputError as error:
         sys.exit(f"study_rollouts: {error}")
@@ -38,7 +35,7 @@ def main() -> None:
     print(f"{'a vector':28} {'vectors':>8} {'R2':>8} {'cosine':>8} {'penalty':>9}")
     for name, found in facts["fits"].items():
         print(f"{name:28} {found['vectors']:8} {found['r2']:8.4f} {found['cosine']:8.4f} {found['penalty']:9.3g}")
-    print(json.dumps({name: facts[name] for name in ("tokens", "fits", "date", "machine")}))
+    print(json.dumps({name: facts[name] for name in ("tokens", "fits", "runs")}))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import tomli_w
 
 from saets.config import Experiment, settings_hash
 from saets.errors import InputError
-from saets.experiment import load_experiment, preset_names
-from saets.stages.session import effect_settings
+from saets.experiment import effect_settings, load_experiment, preset_names
 from saets.store import RunFolder
 
 OWN = """

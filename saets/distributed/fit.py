@@ -171,7 +171,7 @@ class Share:
     def include(self, summed: Sequence[np.ndarray]) -> None:
         """Take rows to fit that are given as `Moments.tensors`."""
         for sums, more in zip(self.moments[0].tensors(), summed, strict=True):
-            sums += torch.from_numpy(more).to(self.device)
+            sums += torch.tensor(more, device=self.device)
         self.rows[0] += self.moments[0].rows[0]
         self.weight[0] += self.moments[0].n[0]
 
@@ -295,7 +295,8 @@ def train(config: dict[str, Any]) -> Outcome | str | None:
     settings, rank = Fit.model_validate_json(config["settings"]), ray.train.get_context().get_world_rank()
     on_gpu = torch.cuda.is_available() and settings.workers
     device = ray.train.torch.get_device() if on_gpu else torch.device("cpu")
-    with Spool(int(settings.held_out * config["rows"])) as held_out:
+    some = 1.0 if config["summed"] is not None else settings.held_out  # with sums, rows that come beside them are held out
+    with Spool(int(some * config["rows"])) as held_out:
         share = Share(config, device, held_out)
         if config["summed"] is not None and not rank:
             share.include(ray.get(config["summed"]))

@@ -21,7 +21,7 @@ from saets.errors import InputError
 from saets.model import model_shape
 from saets.pending import Pending, id_numbers
 from saets.rows import Baseline, baseline_rows, effect_rows, failure_rows, measurement_rows, measurements_of
-from saets.stages.session import Session
+from saets.stages.session import Session, check_weights
 from saets.store import Appender, RunFolder, Table, read_shard
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,9 @@ def _measure(session: Session, pending: Pending, writer: EffectWriter, shipped: 
     ):
         for results, worker in measured:
             if worker is not None:
-                _check_weights(run, shipped, worker)
+                for there in (run, shipped):
+                    if there:
+                        check_weights(there, worker)
                 _record_shape(run, worker)
             writer.add([result for result in results if isinstance(result, Measurement)])
             unmeasured = [result for result in results if isinstance(result, Failure)]
@@ -115,20 +117,6 @@ def _record_shape(run: RunFolder, worker: Mapping[str, Any]) -> None:
     if shapes and shape not in shapes:
         logger.warning("effects go on at another execution shape, %s; a text may differ by rounding", shape)
     run.update_stage("effects", {"worker": dict(worker), "shapes": shapes if shape in shapes else [*shapes, shape]})
-
-
-def _check_weights(run: RunFolder, shipped: RunFolder | None, worker: Mapping[str, Any]) -> None:
-    """Raise `InputError` where rows that are there were measured with other weights of the same name."""
-    for there in (run, shipped):
-        before = there.manifest().get("effects", {}).get("worker", worker) if there else worker
-        different = [
-            name for name in ("model_hash", "sae_hash") if before["dtype"] == worker["dtype"] and before[name] != worker[name]
-        ]
-        if different and there:
-            raise InputError(
-                f"{there.path} holds effects of other weights ({', '.join(different)}) under the same name; "
-                "give --out a new folder, or pin model.revision"
-            )
 
 
 class EffectWriter:

@@ -15,6 +15,7 @@ from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.distributed.pool import Call, PooledJudge
 from saets.engine.sampling import row_seed
+from saets.experiment import model_settings
 from saets.generation import texts_per_batch
 from saets.goal import COHERENCE, Goal
 from saets.judge import Judge
@@ -23,7 +24,7 @@ from saets.judge.openai import TEMPLATE_VERSION, OpenAIJudge
 from saets.progress import Advance
 from saets.records import CRITERIA, UNSTEERED, Generation, GenerationItem, Grade, content_id
 from saets.rows import generation_rows, grade_rows
-from saets.stages.session import Session, model_settings
+from saets.stages.session import Session
 from saets.stages.vectors import Pair, read_vectors
 from saets.store import Appender, Table
 from saets.vector import SteeringVector

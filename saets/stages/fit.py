@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from saets.approximator import EffectApproximator, Moments
 from saets.config import Fit, settings_hash
 from saets.distributed import fit as distributed
 from saets.errors import InputError
+from saets.experiment import effect_settings
 from saets.measured import MeasuredRows
 from saets.stages.pull import stands_in, use_published_effects
-from saets.stages.session import Session, effect_settings
+from saets.stages.session import Session
+from saets.store import RunFolder
 
 
 def fit_approximator(session: Session) -> None:
@@ -23,31 +25,34 @@ def fit_approximator(session: Session) -> None:
     """
     experiment, run, shipped = session.experiment, session.run, session.shipped()
     tables = [run.effects, *([shipped.effects] if shipped else [])]
-    summed = shipped.summed.ids() if shipped else set()
+    sums = _sums(shipped) if shipped else None
     if stands_in(session):
         use_published_effects(session)
         tables = [run.published_effects]
-    ids = [sorted(table.ids()) for table in tables]
+    summed = sums.vector_ids if sums else set()
+    ids = [sorted(table.ids() - summed) for table in tables]
     rows = sum(map(len, ids)) + len(summed)
-    inputs = settings_hash([fit_settings(experiment.fit), experiment.seed, ids, *([sorted(summed)] if summed else [])])
+    inputs = settings_hash([fit_settings(experiment.fit), experiment.seed, ids, *([sums.identity()] if sums else [])])
     if run.manifest().get("fit", {}).get("inputs") == inputs and run.approximator.is_file():
         return
     if rows < 3:
         raise InputError(f"{rows} measured effects in {run.path}; run `saets effects` first: a fit needs at least 3 rows")
     with session.progress.stage("fitting the approximator", rows, 0, "rows") as advance:
         approximator, report = distributed.fit(
-            MeasuredRows.of(tables),
+            MeasuredRows.of(tables, leave_out=summed),
             experiment.fit,
             session.cluster,
             run.fitting,
             seed=experiment.seed,
             gpus=min(experiment.execution.gpus_per_actor, 1),  # more are for a model spread over them
-            summed=Moments.load(shipped.moments) if shipped and summed else None,
+            summed=sums.moments if sums else None,
         )
         advance(rows)
     failed = run.failures.ids() - set().union(*ids)
     published = run.manifest()["published"]["effects"] if tables[0] is run.published_effects else None
     own = 0 if published else len(ids[0])
+    if sums:
+        report["rows_capped"] += sums.capped
     report = {**report, "rows_own": own, "rows_shipped": rows - own, "rows_failed": len(failed)}
     if published:
         report["effects_from"] = published
@@ -57,6 +62,36 @@ def fit_approximator(session: Session) -> None:
     EffectApproximator(approximator.M, approximator.b, provenance).save(run.approximator)
     run.write_fit(report)
     run.update_manifest(fit={"inputs": inputs})
+
+
+class Sums(NamedTuple):
+    """Rows that come with an experiment as sums alone."""
+
+    moments: Moments
+    vector_ids: set[str]
+    capped: int
+
+    def identity(self) -> list[Any]:
+        """Tells these rows, and effects of them, from others."""
+        return [sorted(self.vector_ids), self.moments.yy.item(), self.moments.y.sum().item()]
+
+
+def _sums(shipped: RunFolder) -> Sums | None:
+    """Those of the shipped effects, where they have any.
+
+    Raises:
+        InputError: sums that are not of the rows that are said to be in them.
+    """
+    table = shipped.summed.read(["vector_id", "calibration"])
+    if table is None:
+        return None
+    moments = Moments.load(shipped.moments)
+    if moments.rows.item() != len(table):
+        raise InputError(
+            f"{shipped.moments} is of {moments.rows.item():.0f} rows, {shipped.summed.folder} names {len(table)}; install the "
+            "package anew, or give --measure to fit only effects measured in this run"
+        )
+    return Sums(moments, set(table["vector_id"]), int((table["calibration"] == "capped").sum()))
 
 
 def fit_settings(fit: Fit) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from saets.config import Experiment, packaged
 from saets.distributed.cluster import Cluster
 from saets.distributed.pool import SteeringPool
 from saets.errors import InputError
+from saets.experiment import effect_settings
 from saets.progress import Progress, Silent
 from saets.storage import Where, is_uri
 from saets.store import RunFolder, differing_keys
@@ -61,24 +62,27 @@ class Session:
                 f"the effects in {shipped.path} were measured with other settings ({'; '.join(different)}); "
                 "set them back, or give --measure to fit only your own"
             )
+        worker = self.run.manifest().get("effects", {}).get("worker")
+        if worker:
+            check_weights(shipped, worker)
         return shipped
 
 
-def effect_settings(experiment: Experiment) -> dict[str, Any]:
-    """The settings that decide what an effect is; rows measured with other ones never share a folder or a fit."""
-    dump = experiment.model_dump(mode="json", exclude_none=True)
-    settings = {key: value for key, value in dump["effects"].items() if key not in ("sources", "shipped")}
-    if settings["dtype"] == "float16":  # what rows are stored in that were measured before there was a choice
-        del settings["dtype"]
-    return {
-        "model": model_settings(experiment),
-        "sae": dump["sae"],
-        "hook_name": experiment.hook_name,
-        "seed": experiment.seed,
-        "effects": settings,
-    }
+def check_weights(there: RunFolder, worker: Mapping[str, Any]) -> None:
+    """Raise `InputError` where rows in a folder were measured with other weights of the same name.
 
-
-def model_settings(experiment: Experiment) -> dict[str, Any]:
-    """The settings that say which model it is; where it runs does not matter."""
-    return experiment.model.model_dump(mode="json", exclude_none=True, exclude={"device", "device_map"})
+    `worker` is what the manifest says of who measured others. Weights held in another precision have another hash, and are taken
+    for the same; an SAE's precision is among its settings.
+    """
+    before = there.manifest().get("effects", {}).get("worker", worker)
+    same_precision = before["dtype"] == worker["dtype"]
+    different = [
+        name
+        for name, comparable in (("model_hash", same_precision), ("sae_hash", True))
+        if comparable and before[name] != worker[name]
+    ]
+    if different:
+        raise InputError(
+            f"{there.path} holds effects of other weights ({', '.join(different)}) under the same name; "
+            "give --out a new folder, or pin model.revision"
+        )

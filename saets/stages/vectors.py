@@ -16,11 +16,12 @@ from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.distributed.pool import Call
 from saets.errors import InputError
+from saets.experiment import model_settings
 from saets.goal import Features, Goal, goal_features
 from saets.model import model_shape
 from saets.sae import load_sae
 from saets.stages.pull import stands_in, use_published
-from saets.stages.session import Session, model_settings
+from saets.stages.session import Session
 from saets.vector import SteeringVector
 
 Pair = tuple[str, str]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,12 +50,13 @@ class Peak(NamedTuple):
 
 @torch.no_grad()
 def make(build: Build, folder: Path) -> Mapping[str, Any]:
-    """`cards.parquet`: a row a feature, dead ones too."""
+    """`cards.parquet`: a row a feature, dead ones too. Only what the model wrote counts, not the openings that it was given."""
     settings, training = build.settings.cards, build.settings.training
-    loaded = LanguageModel.load(build.settings.subject)
+    loaded = LanguageModel.load(build)
     device = loaded.model.device
-    sae = PlainSae(build.folder("sae") / "sae", device)
-    texts = [tokens for tokens, _ in writing.texts(build)][: settings.tokens // build.settings.writing.length]
+    sae = PlainSae(build.folder("sae") / "sae").to(device)
+    found = itertools.islice(writing.texts(build), settings.tokens // build.settings.writing.length)
+    texts, starts = zip(*found, strict=True)
     first = build.settings.residuals.skip_positions
     zeros = torch.zeros(sae.cfg.d_sae, settings.contexts, device=device)
     peak, fired, total, count = Peak(zeros, zeros.long(), zeros.long()), zeros[:, 0].clone(), zeros[:, 0].clone(), 0
@@ -62,18 +64,20 @@ def make(build: Build, folder: Path) -> Mapping[str, Any]:
     progress = Progress("cards, texts", len(texts))
     for at in range(0, len(texts), step):
         tokens = torch.from_numpy(np.stack(texts[at : at + step]).astype(np.int64))
-        acts = sae.encode(at_layers(loaded.model, tokens, [training.layer])[training.layer][:, first:].float())
+        own = torch.arange(tokens.shape[1]) >= torch.tensor([max(first, start) for start in starts[at : at + step]])[:, None]
+        acts = sae.encode(at_layers(loaded.model, tokens, [training.layer])[training.layer].float())
+        acts = acts * own.to(device)[:, :, None]
         peak = peak.with_texts(at, acts)
         fired += (acts > 0).sum((0, 1))
         total += acts.sum((0, 1))
-        count += acts.shape[0] * acts.shape[1]
+        count += int(own.sum())
         progress.at(at + step)
     rows = {
         "feature": np.arange(sae.cfg.d_sae),
         "density": (fired / count).cpu().numpy(),
         "mean_activation": (total / fired.clamp(min=1)).cpu().numpy(),
         "top_tokens": list(top_tokens(loaded, sae.W_dec, settings.top_tokens)),
-        "contexts": list(_contexts(loaded.tokenizer, texts, peak, first)),
+        "contexts": list(_contexts(loaded.tokenizer, texts, peak)),
     }
     whole(folder / "cards.parquet", lambda path: pq.write_table(pa.table(rows), path, compression="zstd", compression_level=19))
     return {"tokens": count, "live": int((fired > 0).sum())}
@@ -88,11 +92,11 @@ def top_tokens(loaded: LanguageModel, W_dec: Float[Tensor, "d_sae d_model"], cou
             yield [loaded.tokenizer.decode([token]) for token in tokens]
 
 
-def _contexts(tokenizer: Any, texts: list[np.ndarray], peak: Peak, first: int) -> Iterator[list[dict[str, Any]]]:
+def _contexts(tokenizer: Any, texts: Sequence[np.ndarray], peak: Peak) -> Iterator[list[dict[str, Any]]]:
     """Where each feature fires most: the text before, the token, the text after, and how much."""
     for values, numbers, positions in zip(peak.value.tolist(), peak.text.tolist(), peak.position.tolist(), strict=True):
         yield [
-            {"activation": round(value, 2), **_around(tokenizer, texts[number], first + position)}
+            {"activation": round(value, 2), **_around(tokenizer, texts[number], position)}
             for value, number, position in zip(values, numbers, positions, strict=True)
             if value > 0
         ]

@@ -36,8 +36,12 @@ def of(build: Build, shipped: Mapping[str, Any]) -> str:
             ),
             "## When and on what",
             _table(
-                ("part", "date", "machine", "seconds of the last run"),
-                ((name, of["date"], of["machine"], f"{of['seconds_last_run']:.0f}") for name, of in made.items()),
+                ("part", "date", "machine", "hours"),
+                (
+                    (name, run["date"], run["machine"], f"{run['seconds'] / 3600:.2f}")
+                    for name, of in made.items()
+                    for run in of["runs"]
+                ),
             ),
             f"Seed {build.settings.subject.seed} for text and training, {seed} for effects.\n",
         ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from assets.settings import Subject
+from assets.parts import Build
 from saets.engine.choice import decoder_for
 from saets.engine.decoder import Decoder
 from saets.engine.machine import cpu_has_bfloat16
@@ -22,21 +21,21 @@ class LanguageModel(NamedTuple):
     tokenizer: Any
 
     @classmethod
-    def load(cls, subject: Subject) -> LanguageModel:
+    def load(cls, build: Build) -> LanguageModel:
         """In bfloat16 where the device computes in it, else in float32.
 
         Raises:
-            InputError: no such package or folder.
+            InputError: no such package.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" or cpu_has_bfloat16() else torch.float32
-        if Path(subject.model).is_dir():
-            model: Any = AutoModelForCausalLM.from_pretrained(subject.model, dtype=dtype)
+        if build.weights:
+            model: Any = AutoModelForCausalLM.from_pretrained(build.weights, dtype=dtype)
         else:
             from saets.model import LOADERS
 
-            model = LOADERS["gguf"](_spec(subject), dtype).model
-        return cls(model.to(device).eval().requires_grad_(False), load_tokenizer(subject))
+            model = LOADERS["gguf"](_spec(build), dtype).model
+        return cls(model.to(device).eval().requires_grad_(False), load_tokenizer(build))
 
     def engine(self, layer: int, *, top_k: int, temperature: float) -> RolloutEngine:
         """Rolls out, steered after the block `layer`."""
@@ -48,16 +47,16 @@ class LanguageModel(NamedTuple):
         return decoder_for(self.model, f"blocks.{layer}.hook_resid_post")
 
 
-def load_tokenizer(subject: Subject) -> Any:
+def load_tokenizer(build: Build) -> Any:
     """The model's tokenizer alone."""
-    if Path(subject.model).is_dir():
-        return AutoTokenizer.from_pretrained(subject.model)
+    if build.weights:
+        return AutoTokenizer.from_pretrained(build.weights)
     from saets import model
 
-    return model.load_tokenizer(_spec(subject))
+    return model.load_tokenizer(_spec(build))
 
 
-def _spec(subject: Subject) -> Any:
+def _spec(build: Build) -> Any:
     from saets.model_config import Model
 
-    return Model(name=subject.model, loader="gguf")
+    return Model(name=build.settings.subject.model, loader="gguf")

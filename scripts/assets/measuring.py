@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import random as chance
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from assets.language_model import LanguageModel
-from assets.parts import Build, Need, Progress, whole
+from assets.parts import Build, Need, Progress, digest, whole
 from assets.plain_sae import PlainSae
 from assets.settings import Settings
 from saets import sae
-from saets.config import BASELINE, Experiment
-from saets.effects import EffectWorker, Measurement, baseline_items, rollouts_per_vector
-from saets.experiment import load_experiment
+from saets.config import BASELINE, Experiment, packaged
+from saets.effects import EffectWorker, Failure, Measurement, baseline_items, rollouts_per_vector
+from saets.errors import InputError
+from saets.experiment import effect_settings, load_experiment
 from saets.hooks import layer_of
 from saets.records import VectorItem
 from saets.rows import measurement_rows, measurements_of
@@ -30,7 +32,7 @@ from saets.sources import vector_items
 
 PRESET = "smollm2"
 
-AT_ONCE = {"cpu": 16, "cuda": 512}
+FILE_VECTORS = 64
 """Vectors measured together, and kept in one file."""
 
 
@@ -41,15 +43,30 @@ def need(settings: Settings) -> Need:
 
 
 def preset_settings(build: Build) -> Mapping[str, Any]:
-    """What else decides the result: the preset's own settings of model, hook, effects and seed."""
-    experiment = experiment_of(build, Path("sae"))
-    return {"hook_name": experiment.hook_name, "seed": experiment.seed, "effects": experiment.effects.model_dump(mode="json")}
+    """What else decides the result: the preset's settings of model and effects, and the text on which scales are calibrated.
+
+    Which vectors it measures live decides nothing about those that are measured here.
+    """
+    settings = effect_settings(load_experiment(PRESET))
+    text = packaged(settings["effects"]["calibration_text"]).read_text(encoding="utf-8")
+    return {**settings, "calibration": digest([text])}
+
+
+def settings_and_live_rows(build: Build) -> list[Any]:
+    """What else decides which vectors are measured, and how."""
+    return [preset_settings(build), live_rows(build)]
+
+
+def live_rows(build: Build) -> list[int]:
+    """Decoder rows that the preset measures in the user's run."""
+    sources = load_experiment(PRESET).effects.sources
+    return sorted(row for source in sources for row in getattr(source, "rows", None) or ())
 
 
 def experiment_of(build: Build, folder: Path) -> Experiment:
     """The preset with the SAE in `folder`, and the vectors to ship in place of those that it measures live."""
     effects, layer = build.settings.effects, build.settings.training.layer
-    live = {row for source in load_experiment(PRESET).effects.sources for row in getattr(source, "rows", None) or ()}
+    live = live_rows(build)
     rows = [row for row in decoder_rows(build) if row not in live][: effects.decoder]
     return preset_with(folder, layer, rows=sorted(rows), mixtures=effects.mixtures, random=effects.random, at_once=effects.rows)
 
@@ -81,33 +98,48 @@ def preset_with(
 def make(build: Build, folder: Path) -> Mapping[str, Any]:
     """Files of some measurements each, the baseline's blocks first."""
     experiment = experiment_of(build, build.folder("sae") / "sae")
-    measure(LanguageModel.load(build.settings.subject), experiment, folder)
+    dtype = measure(build, experiment, folder)
     outcomes = Counter(found.calibration.outcome for found in measurements(folder) if found.item.source != BASELINE)
     return {
         "vectors": sum(outcomes.values()),
         "capped": outcomes["capped"],
         "rollouts_a_vector": rollouts_per_vector(experiment.effects),
+        "dtype": dtype,
     }
 
 
-def measure(loaded: LanguageModel, experiment: Experiment, folder: Path) -> None:
-    """Measure the baseline and all vectors of the experiment into `folder`, those that are not there yet."""
+def measure(build: Build, experiment: Experiment, folder: Path) -> str:
+    """Measure the baseline and all vectors of the experiment into `folder`, those that are not there yet; the model's precision.
+
+    A vector that cannot be measured is named and left out.
+
+    Raises:
+        InputError: a block of the baseline, or all of the vectors measured together, cannot be measured.
+    """
     if importlib.util.find_spec("sae_lens") is None:
         sae.LOADERS["folder"] = lambda spec, d_model: PlainSae(Path(str(spec.path)))
-    settings = experiment.effects
+    loaded, settings = LanguageModel.load(build), experiment.effects
     engine = loaded.engine(layer_of(experiment.hook_name), top_k=settings.top_k, temperature=settings.temperature)
     items = [*baseline_items(experiment, engine.decoder.d_model), *_vectors(experiment, engine.decoder.d_model)]
-    at_once = AT_ONCE[engine.device.type]
-    starts = range(0, len(items), at_once)
+    starts = range(0, len(items), FILE_VECTORS)
     missing = [start for start in starts if not _file(folder, start).exists()]
-    if not missing:
-        return
-    worker = EffectWorker(experiment, engine=engine)
-    progress = Progress("effects, vectors", len(items), (len(starts) - len(missing)) * at_once)
+    if missing:
+        worker = EffectWorker(experiment, engine=engine)
+        progress = Progress("effects, vectors", len(items), (len(starts) - len(missing)) * FILE_VECTORS)
     for start in missing:
-        found = [result for result in worker.measure(items[start : start + at_once]) if isinstance(result, Measurement)]
+        found = _only_measurements(worker.measure(items[start : start + FILE_VECTORS]))
         whole(_file(folder, start), lambda path, found=found: pq.write_table(measurement_rows(found), path))
-        progress.at(start + at_once)
+        progress.at(start + FILE_VECTORS)
+    return str(engine.dtype).removeprefix("torch.")
+
+
+def _only_measurements(results: Sequence[Measurement | Failure]) -> list[Measurement]:
+    failures = [result for result in results if isinstance(result, Failure)]
+    for failure in failures:
+        print(f"effects: {failure.item.source} {failure.item.index} left out: {failure.reason}", file=sys.stderr)
+    if len(failures) == len(results) or any(failure.item.source == BASELINE for failure in failures):
+        raise InputError(f"the baseline or all of {len(results)} vectors could not be measured: {failures[0].reason}")
+    return [result for result in results if isinstance(result, Measurement)]
 
 
 def measurements(folder: Path) -> Iterator[Measurement]:

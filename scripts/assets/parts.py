@@ -1,11 +1,14 @@
 """The parts of a build: each has a folder of its own, is made once for its settings and for what it needs, and can be stopped.
 
-A folder is named by a hash of all that decides what is in it, so a changed setting remakes that part and those that need it, and
-a setting changed back finds what was there. `made.json` is written last; a part without it goes on where it was stopped.
+A folder is named by a hash of the settings and texts that decide what is in it, so a change remakes that part and those that
+need it, and what is changed back finds what was there. The machine, and where the model's weights lie, are no part of it.
+`made.json` is written last; a part without it goes on where it was stopped. A change of the code is not noticed: delete the
+folder then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +18,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,11 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from assets.settings import Settings
+from assets.settings import DECIDES, Settings
 from saets.engine.machine import free_bytes
 from saets.errors import InputError, unknown
 
-MADE = "made.json"
+MADE, RUNS = "made.json", "runs.json"
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,18 @@ class Part:
     need: Callable[[Settings], Need] = lambda _: Need()
     also: Callable[[Build], Any] = lambda _: None
     """What else decides the result, as JSON holds it."""
+    check: Callable[[Build], None] = lambda _: None
+    """Raises `InputError` where something that it needs is not there; called before any part is made."""
+    each_time: bool = False
+    """Made whenever it is asked for, since its result lies elsewhere."""
 
 
 class Build:
     """A work folder and the parts in it."""
 
-    def __init__(self, work: Path, settings: Settings, parts: Mapping[str, Part]) -> None:
-        self.work, self.settings, self.parts = work, settings, parts
+    def __init__(self, work: Path, settings: Settings, parts: Mapping[str, Part], weights: Path | None = None) -> None:
+        """`weights` is a folder written by transformers' save_pretrained, where the subject's package is not installed."""
+        self.work, self.settings, self.parts, self.weights = work, settings, parts, weights
 
     def folder(self, name: str) -> Path:
         """Where the part's result is, or will be."""
@@ -67,7 +75,7 @@ class Build:
 
     def is_made(self, name: str) -> bool:
         """Whether the part is whole."""
-        return (self.folder(name) / MADE).is_file()
+        return not self.parts[name].each_time and (self.folder(name) / MADE).is_file()
 
     def facts(self, name: str) -> dict[str, Any]:
         """What was kept of a part that is made."""
@@ -103,26 +111,35 @@ class Build:
         missing = self.to_make(names)
         self._check_room(missing)
         for name in missing:
+            self.parts[name].check(self)
+        for name in missing:
             folder = self.folder(name)
             folder.mkdir(parents=True, exist_ok=True)
             print(f"{name}: in {folder}", file=sys.stderr)
-            started = time.monotonic()
-            facts = self.parts[name].make(self, folder)
+            with _run_of(folder):
+                facts = self.parts[name].make(self, folder)
             made = {
                 "part": name,
-                "settings": self._settings(name),
+                "settings": self._settings(name, all_of_them=True),
                 "needs": {before: self._fingerprint(before) for before in self.parts[name].after},
-                "seconds_last_run": round(time.monotonic() - started, 1),
-                "date": datetime.now(UTC).date().isoformat(),
-                "machine": machine(),
+                "runs": json.loads((folder / RUNS).read_text(encoding="utf-8")),
                 **facts,
             }
             whole(folder / MADE, lambda path, made=made: path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8"))
             said = ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, Mapping))
             print(f"{name}: {said or 'made'}", file=sys.stderr)
 
-    def _settings(self, name: str) -> dict[str, Any]:
-        return {section: dataclasses.asdict(getattr(self.settings, section)) for section in self.parts[name].reads}
+    def _settings(self, name: str, *, all_of_them: bool = False) -> dict[str, Any]:
+        """Those that decide the part's result, or all of its sections."""
+        sections = {section: getattr(self.settings, section) for section in self.parts[name].reads}
+        return {
+            section: {
+                field.name: getattr(values, field.name)
+                for field in dataclasses.fields(values)
+                if all_of_them or field.metadata.get(DECIDES, True)
+            }
+            for section, values in sections.items()
+        }
 
     def _fingerprint(self, name: str) -> str:
         part = self.parts[name]
@@ -162,11 +179,18 @@ def machine() -> str:
 
 
 def whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file or folder that gets its name only when it is complete."""
+    """Let `write` fill a file or folder that gets its name only when it is complete, in place of what had that name."""
     making = path.with_name(f"making-{path.name}")
     shutil.rmtree(making, ignore_errors=True)
     write(making)
+    if path.is_dir():
+        shutil.rmtree(path)
     making.replace(path)
+
+
+def digest(texts: Iterable[str]) -> str:
+    """Of texts that decide a result."""
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
@@ -196,6 +220,20 @@ class Progress:
         rate = (done - self._first) / (now - self._started)
         left = f", {max(0, self._total - done) / rate:,.0f} s left" if rate else ""
         print(f"{self._what}: {done:,} of {self._total:,}, {rate:,.0f} a second{left}", file=self._out, flush=True)
+
+
+@contextlib.contextmanager
+def _run_of(folder: Path) -> Iterator[None]:
+    """Record when, on what and for how long a part was worked on, stopped or not."""
+    runs = json.loads((folder / RUNS).read_text(encoding="utf-8")) if (folder / RUNS).is_file() else []
+    run: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        run["seconds"] = round(time.monotonic() - started, 1)
+        text = json.dumps([*runs, run], indent=1) + "\n"
+        whole(folder / RUNS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _size(folder: Path) -> int:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from assets.language_model import load_tokenizer
-from assets.parts import Build, Need, Progress, save_arrays
+from assets.parts import Build, Need, Progress, digest, save_arrays
 from assets.settings import Settings
 from saets.errors import InputError, unknown
 from saets.tokens import encode
@@ -41,27 +41,35 @@ def need(settings: Settings) -> Need:
     return Need(disk=3 * settings.passages.tokens, memory=2e9)
 
 
-def make(build: Build, folder: Path) -> Mapping[str, Any]:
-    """`chunks.npz`: token ids one chunk after another, and how long each is; mixed from all sources.
+def check(build: Build) -> None:
+    """Raise `InputError` where sources that are not to be skipped are not there, naming all of them."""
+    gone = {name: source for name, source in wanted(build).items() if next(iter(source.passages()), None) is None}
+    if gone:
+        packages = " ".join(package for source in gone.values() for package in source.packages)
+        raise InputError(
+            f"no text of {', '.join(gone)}: apt-get install {packages}, or leave it out with "
+            f"{' '.join(f'--skip {name}' for name in gone)}"
+        )
 
-    Raises:
-        InputError: a source that is not installed and not to be skipped.
-    """
+
+def sources(build: Build) -> str:
+    """A digest of what decides how much comes from where."""
+    return digest(f"{name} {source.share}" for name, source in wanted(build).items())
+
+
+def make(build: Build, folder: Path) -> Mapping[str, Any]:
+    """`chunks.npz`: token ids one chunk after another, and how long each is; mixed from all sources."""
     settings = build.settings.passages
-    sources = wanted(settings.skip)
-    tokenizer = load_tokenizer(build.settings.subject)
-    total = sum(source.share for source in sources.values())
+    chosen = wanted(build)
+    tokenizer = load_tokenizer(build)
+    total = sum(source.share for source in chosen.values())
     progress = Progress("passages, tokens", settings.tokens)
     chunks: list[list[int]] = []
     facts = {}
     done = 0
-    for name, source in sources.items():
+    for name, source in chosen.items():
         budget = int(settings.tokens * source.share / total)
         texts = list(dict.fromkeys(text for text in map(tidy, source.passages()) if len(text) > SHORTEST))
-        if not texts:
-            raise InputError(
-                f"the source {name} is not there: apt-get install {' '.join(source.packages)}, or leave it out with --skip {name}"
-            )
         random.Random(build.settings.subject.seed).shuffle(texts)
         before = done
         for text in texts:
@@ -85,17 +93,17 @@ def chunks(build: Build) -> Iterator[np.ndarray]:
     yield from np.split(tokens, lengths.cumsum()[:-1])
 
 
-def wanted(skip: Iterable[str]) -> dict[str, Source]:
+def wanted(build: Build) -> dict[str, Source]:
     """The sources without those to skip.
 
     Raises:
         InputError: an unknown name, or nothing left.
     """
-    left = dict(SOURCES)
+    skip = build.settings.passages.skip
     for name in skip:
         if name not in SOURCES:
             raise unknown("source of passages", name, SOURCES)
-        left.pop(name, None)
+    left = {name: source for name, source in SOURCES.items() if name not in skip}
     if not left:
         raise InputError("all sources of passages are skipped; leave at least one")
     return left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -52,22 +53,24 @@ def of(build: Build, sae: Any, layer: int, held_out: Float[Tensor, "tokens d_mod
 def cross_entropies(build: Build, sae: Any, layer: int) -> dict[str, float]:
     """Mean next-token loss of the model, with the SAE in the residual stream's place, and with zeros there.
 
-    The first positions, on which no SAE is trained, are left as they are.
+    What no SAE is trained on is left as it is: first positions, and residuals of huge norm. Chunks are of the commonest length.
     """
-    loaded, first = LanguageModel.load(build.settings.subject), build.settings.residuals.skip_positions
-    decoder = loaded.decoder(layer)
+    loaded, settings = LanguageModel.load(build), build.settings.residuals
+    decoder, first = loaded.decoder(layer), settings.skip_positions
     _, held_out = residuals.held_out(build, layer)
-    longest = max(len(chunk.tokens) for chunk in held_out)
-    rows = [torch.from_numpy(chunk.tokens.astype("int64")) for chunk in held_out if len(chunk.tokens) == longest][:CHUNKS]
+    (length, _), *_ = Counter(len(chunk.tokens) for chunk in held_out).most_common()
+    rows = [torch.from_numpy(chunk.tokens.astype("int64")) for chunk in held_out if len(chunk.tokens) == length][:CHUNKS]
     totals = {"model": 0.0, "sae": 0.0, "zero": 0.0}
     for tokens in torch.stack(rows).to(loaded.model.device).split(32):
         residual = decoder.lower(tokens)
-        rebuilt, zero = residual.clone(), residual.clone()
-        rebuilt[:, first:] = sae.decode(sae.encode(residual[:, first:].float().to(sae.device))).to(residual)
-        zero[:, first:] = 0
+        theirs = (residual.float().norm(dim=-1, keepdim=True) < settings.max_norm).index_fill(
+            1, torch.arange(first, device=residual.device), False
+        )
+        rebuilt = torch.where(theirs, sae.decode(sae.encode(residual.float().to(sae.device))).to(residual), residual)
+        zero = torch.where(theirs, 0, residual)
         for name, stream in {"model": residual, "sae": rebuilt, "zero": zero}.items():
             logits = decoder.upper(tokens, stream)[:, first:-1].float()
             totals[name] += functional.cross_entropy(
                 logits.flatten(0, 1), tokens[:, first + 1 :].flatten(), reduction="sum"
             ).item()
-    return {name: total / (len(rows) * (longest - first - 1)) for name, total in totals.items()}
+    return {name: total / (len(rows) * (length - first - 1)) for name, total in totals.items()}

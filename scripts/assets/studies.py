@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +17,87 @@ import numpy as np
 
 from assets import measuring, training
 from assets.fitting import held_out_report, moments_of
-from assets.language_model import LanguageModel
-from assets.parts import Build
+from assets.language_model import load_tokenizer
+from assets.parts import Build, Need
+from assets.settings import Settings
 from saets.config import BASELINE, Experiment
 from saets.effects import Measurement
+from saets.errors import InputError
 from saets.held_out import is_held_out
 from saets.rows import Baseline
+from saets.tokens import encode
 
 HELD_OUT = 0.2
 """Share of the vectors on which a fit is scored, where they are not others."""
 
 
+def need(settings: Settings) -> Need:
+    """That of measuring, for the study that measures most."""
+    return measuring.need(settings)
+
+
 def layers(build: Build, folder: Path) -> Mapping[str, Any]:
     """A fit at each layer of `residuals.layers`."""
-    study, loaded = build.settings.layers, LanguageModel.load(build.settings.subject)
-    found = {}
+    study, found = build.settings.layers, {}
     for layer in build.settings.residuals.layers:
-        sae = training.compared(build, layer) / "sae"
+        sae, name = training.compared(build, layer) / "sae", f"layer {layer}"
         experiment = _experiment(build, sae, layer, measuring.decoder_rows(build)[: study.rows], study.random)
-        found[f"layer {layer}"] = _said(
-            f"layer {layer}", fitted(_measured(loaded, experiment, folder / f"layer-{layer}"), experiment)
-        )
+        found[name] = _said(name, fitted(_measured(build, experiment, folder / f"layer-{layer}"), experiment))
     return {"fits": found}
 
 
 def targets(build: Build, folder: Path) -> Mapping[str, Any]:
     """A fit at each of `targets.loss_increases`, to the same vectors at the scales that it gives."""
-    study, loaded = build.settings.targets, LanguageModel.load(build.settings.subject)
-    found = {}
+    study, found = build.settings.targets, {}
     for increase in study.loss_increases:
-        told = f"effects.loss_increase={increase}"
+        told, name = f"effects.loss_increase={increase}", f"loss increase {increase:g}"
         experiment = _of_shipped_sae(build, measuring.decoder_rows(build)[: study.rows], study.random, told)
-        name = f"loss increase {increase:g}"
-        found[name] = _said(name, fitted(_measured(loaded, experiment, folder / f"increase-{increase:g}"), experiment))
+        found[name] = _said(name, fitted(_measured(build, experiment, folder / f"increase-{increase:g}"), experiment))
     return {"fits": found}
 
 
 def rollouts(build: Build, folder: Path) -> Mapping[str, Any]:
     """A fit for each number and length of rollouts, to as many vectors as the tokens allow.
 
-    All are scored on the same other vectors, whose rollouts are as many and as long as the paper's.
+    All are scored on the same other vectors, whose rollouts are as many and as long as the paper's. An effect is a mean over all
+    positions, prompts included, where it is zero: those of shorter rollouts are scaled to the same share of free positions. The
+    baseline has the same number of rollouts in all.
+
+    Raises:
+        InputError: tokens for fewer than two vectors, or for more than the SAE has rows.
     """
-    study, loaded = build.settings.rollouts, LanguageModel.load(build.settings.subject)
-    order = measuring.decoder_rows(build)
+    study, order = build.settings.rollouts, measuring.decoder_rows(build)
     told = (f"effects.rollouts={study.truth_each}", f"effects.length={study.truth_length}")
     experiment = _of_shipped_sae(build, order[: study.truth_vectors], 0, *told)
-    truth, truth_baseline = parted(_measured(loaded, experiment, folder / "truth"))
-    prompts, found = len(experiment.effects.prompts), {}
+    prompts = [len(encode(load_tokenizer(build), prompt)) for prompt in experiment.effects.prompts]
+    most = len(order) - study.truth_vectors
     for length, each in itertools.product(study.lengths, study.each):
-        vectors = study.tokens // (prompts * each * length)
+        if not 2 <= (vectors := study.tokens // (len(prompts) * each * length)) <= most:
+            raise InputError(
+                f"rollouts.tokens = {study.tokens} are {vectors} vectors of {len(prompts) * each} rollouts of {length} tokens; "
+                f"expected 2 to {most}, the SAE's rows less those that are predicted"
+            )
+    truth, truth_baseline = parted(_measured(build, experiment, folder / "truth"))
+    found = {}
+    for length, each in itertools.product(study.lengths, study.each):
+        vectors = study.tokens // (len(prompts) * each * length)
         rows = order[study.truth_vectors : study.truth_vectors + vectors]
-        experiment = _of_shipped_sae(build, rows, 0, f"effects.rollouts={each}", f"effects.length={length}")
-        name = f"{prompts * each} rollouts of {length} tokens"
-        some, baseline = parted(_measured(loaded, experiment, folder / f"length-{length}-each-{each}"))
-        report = held_out_report(moments_of(some, baseline), truth, truth_baseline, experiment.fit.penalties)
+        blocks = max(2, round(study.baseline_each / each))
+        of_cell = (f"effects.rollouts={each}", f"effects.length={length}", f"effects.baseline_blocks={blocks}")
+        experiment = _of_shipped_sae(build, rows, 0, *of_cell)
+        name = f"{len(prompts) * each} rollouts of {length} tokens"
+        some, baseline = parted(_measured(build, experiment, folder / f"length-{length}-each-{each}"))
+        factor = free_share(prompts, study.truth_length) / free_share(prompts, length)
+        scaled = [replace(one, mean=factor * one.mean) for one in some]
+        moments = moments_of(scaled, baseline._replace(mean=factor * baseline.mean))
+        report = held_out_report(moments, truth, truth_baseline, experiment.fit.penalties)
         found[name] = _said(name, {"vectors": len(some), **report})
     return {"tokens": study.tokens, "fits": found}
+
+
+def free_share(prompts: Sequence[int], length: int) -> float:
+    """Part of a rollout's positions that are sampled, over prompts of so many tokens."""
+    return 1 - sum(prompts) / len(prompts) / length
 
 
 def fitted(found: list[Measurement], experiment: Experiment) -> dict[str, Any]:
@@ -93,9 +119,9 @@ def parted(found: list[Measurement]) -> tuple[list[Measurement], Baseline]:
     return [one for one in found if one.item.source != BASELINE], Baseline(mean, variance, None)
 
 
-def _measured(loaded: LanguageModel, experiment: Experiment, folder: Path) -> list[Measurement]:
+def _measured(build: Build, experiment: Experiment, folder: Path) -> list[Measurement]:
     folder.mkdir(exist_ok=True)
-    measuring.measure(loaded, experiment, folder)
+    measuring.measure(build, experiment, folder)
     return list(measuring.measurements(folder))
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ def need(settings: Settings) -> Need:
     training = settings.training
     weights = 4 * 2 * 576 * training.d_sae
     return Need(disk=3.0 * weights * CHECKPOINTS, memory=5.0 * weights + 60.0 * training.batch * training.d_sae + 2e9)
+
+
+def need_to_compare(settings: Settings) -> Need:
+    """That of the widest."""
+    return need(replace(settings, training=replace(settings.training, d_sae=2 * settings.training.d_sae)))
 
 
 def make(build: Build, folder: Path) -> Mapping[str, Any]:
@@ -79,21 +84,33 @@ def trained(build: Build, training: Training, folder: Path) -> dict[str, Any]:
     Raises:
         InputError: an unknown kind, or fewer residuals than are to be held out and trained on.
     """
-    from sae_lens import SAE, SAETrainer
-    from sae_lens.config import SAETrainerConfig
+    from sae_lens import SAE
 
     files = residuals.files(build, training.layer)
     if not files:
         raise InputError(f"no residuals at layer {training.layer}; add it to residuals.layers")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (folder / "sae").exists():
+        _train(build, training, folder, files[1:], device)
     apart, _ = residuals.held_out(build, training.layer)
     held_out = torch.from_numpy(np.load(apart)[: training.held_out]).float()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _quietly():
+        loaded: Any = SAE.load_from_disk(str(folder / "sae"), device=device).float()
+    facts = quality.of(build, loaded, training.layer, held_out)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return {"layer": training.layer, "tokens": training.tokens // training.batch * training.batch, **facts}
+
+
+def _train(build: Build, training: Training, folder: Path, files: Sequence[Path], device: str) -> None:
+    from sae_lens import SAETrainer
+    from sae_lens.config import SAETrainerConfig
+
     steps = training.tokens // training.batch
     torch.manual_seed(build.settings.subject.seed)
-    making = _training_sae(training, held_out.shape[1], device, steps)
+    making = _training_sae(training, _width(files), device, steps)
     making.cfg.metadata.hook_name = f"blocks.{training.layer}.hook_resid_post"
-    making.cfg.metadata.model_name = Path(build.settings.subject.model).name
-    batches = Batches(files[1:], training.batch, build.settings.subject.seed, Progress(f"sae {training.kind}, steps", steps))
+    making.cfg.metadata.model_name = build.settings.subject.model
+    batches = Batches(files, training.batch, build.settings.subject.seed, Progress(f"sae {training.kind}, steps", steps))
     trainer: Any = SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=steps * training.batch,
@@ -115,20 +132,21 @@ def trained(build: Build, training: Training, folder: Path) -> dict[str, Any]:
         if checkpoint := _latest(folder / "checkpoints"):
             making.load_weights_from_checkpoint(checkpoint)
             trainer.load_trainer_state(checkpoint)
-            batches.skip(trainer.n_training_steps + SCALING_BATCHES)
+            batches.skip(trainer.n_training_samples // training.batch + SCALING_BATCHES)
         sae = trainer.fit()
         whole(folder / "sae", lambda path: _save(sae, path))
-        loaded: Any = SAE.load_from_disk(str(folder / "sae"), device=device).float()
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return {"layer": training.layer, "tokens": steps * training.batch, **quality.of(build, loaded, training.layer, held_out)}
+
+
+def _width(files: Sequence[Path]) -> int:
+    if not files:
+        raise InputError("one file of residuals, which is held out, and none to train on; give more tokens")
+    return int(np.load(files[0], mmap_mode="r").shape[1])
 
 
 class Batches(Iterator[Tensor]):
     """Residuals, float32 [batch, d_model], a file after another, each mixed; from the first again after the last."""
 
-    def __init__(self, files: list[Path], batch: int, seed: int, progress: Progress) -> None:
-        if not files:
-            raise InputError("one file of residuals, which is held out; give more tokens")
+    def __init__(self, files: Sequence[Path], batch: int, seed: int, progress: Progress) -> None:
         self._files, self._batch, self._seed, self._progress = files, batch, seed, progress
         self._given = 0
         self._left = self._all()

@@ -10,11 +10,14 @@ import numpy as np
 
 from assets import topics
 from assets.language_model import LanguageModel
-from assets.parts import Build, Need, Progress, save_arrays
+from assets.parts import Build, Need, Progress, digest, save_arrays
 from assets.settings import Settings
 from saets.engine.batch import Row
 from saets.engine.sampling import row_seed
 from saets.tokens import encode
+
+FILE_TEXTS = 336
+"""Texts written together, and kept in one file."""
 
 
 def need(settings: Settings) -> Need:
@@ -22,19 +25,28 @@ def need(settings: Settings) -> Need:
     return Need(disk=3 * settings.writing.tokens, memory=4e9)
 
 
+def openings(build: Build) -> list[str]:
+    """What the texts begin with."""
+    return topics.prompts(build.settings.writing.tokens // build.settings.writing.length, build.settings.subject.seed)
+
+
+def begun_with(build: Build) -> str:
+    """A digest of the openings, which decide the texts."""
+    return digest(openings(build))
+
+
 def make(build: Build, folder: Path) -> Mapping[str, Any]:
     """Texts in files of one batch each: token ids [texts, length], and where the model's own tokens start."""
-    settings, seed = build.settings.writing, build.settings.subject.seed
-    prompts = topics.prompts(settings.tokens // settings.length, seed)
-    starts = range(0, len(prompts), settings.rows)
+    settings, seed, prompts = build.settings.writing, build.settings.subject.seed, openings(build)
+    starts = range(0, len(prompts), FILE_TEXTS)
     missing = [start for start in starts if not _file(folder, start).exists()]
     if missing:
-        loaded = LanguageModel.load(build.settings.subject)
+        loaded = LanguageModel.load(build)
         engine = loaded.engine(0, top_k=settings.top_k, temperature=settings.temperature)
-        done = (len(starts) - len(missing)) * settings.rows
+        done = (len(starts) - len(missing)) * FILE_TEXTS
         progress = Progress("writing, tokens", len(prompts) * settings.length, done * settings.length)
     for start in missing:
-        part = prompts[start : start + settings.rows]
+        part = prompts[start : start + FILE_TEXTS]
         rows = [Row(prompt, row_seed(seed, "writing", start + i)) for i, prompt in enumerate(part)]
         tokens = engine.run(rows, None, settings.length).tokens.numpy().astype(np.uint16)
         written = np.array([len(encode(loaded.tokenizer, prompt)) for prompt in part], np.uint16)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,6 @@ from assets.settings import Settings
 
 from saets.approximator import Moments
 from saets.cli import main
-from tests.test_scripts import BARE
 
 WORDS = ("stone", "river", "lamp", "under", "often", "green", "seven", "walked", "because", "honest")
 LAYER = 1
@@ -69,12 +70,12 @@ def build(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterat
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(passages, "SOURCES", {"words": passages.Source(("words",), "MIT", 1.0, sentences)})
         patched.setattr(residuals, "FILE_CHUNKS", 256)
+        patched.setattr(writing, "FILE_TEXTS", 50)
         patched.setattr(measuring, "PRESET", str(preset))
         patched.setattr(shipping, "PLACE", place)
         settings = Settings().replaced(
             [
-                f"subject.model={tiny_folder}",
-                *("writing.tokens=16000", "writing.length=80", "writing.rows=50"),
+                *("writing.tokens=16000", "writing.length=80"),
                 *("passages.tokens=30000", "passages.chunk=40"),
                 *("residuals.layers=[1, 2]", "residuals.max_norm=1e9"),
                 *(f"training.layer={LAYER}", "training.d_sae=64", "training.k=8", "training.batch=256", "training.tokens=60000"),
@@ -89,13 +90,13 @@ def build(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterat
                 *("rollouts.truth_vectors=6", "rollouts.truth_each=4", "rollouts.truth_length=10"),
             ]
         )
-        made = Build(tmp_path_factory.mktemp("assets"), settings, build_assets.PARTS)
+        made = Build(tmp_path_factory.mktemp("assets"), settings, build_assets.PARTS, tiny_folder)
         made.make(["cards", "effects"])
         yield made
 
 
 def test_texts_begin_with_bos_and_an_opening_and_are_the_same_when_made_again(build: Build, tmp_path: Path) -> None:
-    loaded = LanguageModel.load(build.settings.subject)
+    loaded = LanguageModel.load(build)
     texts = list(writing.texts(build))
     assert len(texts) == 16000 // 80
     assert all(tokens[0] == loaded.tokenizer.bos_token_id and len(tokens) == 80 for tokens, _ in texts)
@@ -108,7 +109,7 @@ def test_texts_begin_with_bos_and_an_opening_and_are_the_same_when_made_again(bu
 
 
 def test_residuals_are_those_of_the_model_without_first_positions_and_openings(build: Build) -> None:
-    loaded = LanguageModel.load(build.settings.subject)
+    loaded = LanguageModel.load(build)
     file, chunks = residuals.held_out(build, LAYER)
     found = torch.from_numpy(np.load(file)).float()
     expected = []
@@ -168,8 +169,6 @@ def test_a_perfect_sae_recovers_all_of_the_loss_and_one_that_gives_zero_none(bui
 
 @pytest.mark.parametrize("kind", training.KINDS)
 def test_the_plain_reader_gives_saelens_activations(build: Build, tmp_path: Path, kind: str) -> None:
-    from dataclasses import replace
-
     from sae_lens import SAE
 
     some = replace(build.settings.training, kind=kind, tokens=2048)
@@ -179,6 +178,22 @@ def test_the_plain_reader_gives_saelens_activations(build: Build, tmp_path: Path
     x = torch.from_numpy(np.load(residuals.files(build, LAYER)[0])[:100]).float()
     assert torch.allclose(ours.encode(x), theirs.encode(x), atol=1e-4 * x.norm(dim=1).max().item())
     assert torch.allclose(ours.decode(ours.encode(x)), theirs.decode(theirs.encode(x)), atol=1e-3)
+
+
+def test_an_sae_whose_figures_were_not_taken_is_not_trained_again(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = replace(build.settings.training, tokens=2048)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(quality, "of", stop)
+        training.trained(build, some, tmp_path)
+    weights = (tmp_path / "sae" / "sae_weights.safetensors").stat().st_mtime_ns
+    assert training.trained(build, some, tmp_path)["tokens"] == 2048
+    assert (tmp_path / "sae" / "sae_weights.safetensors").stat().st_mtime_ns == weights
 
 
 def test_training_that_was_stopped_goes_on_from_its_last_checkpoint(
@@ -202,41 +217,78 @@ def test_training_that_was_stopped_goes_on_from_its_last_checkpoint(
     assert next(taken) < 150 + 60000 // 256
 
 
-def test_the_parts_that_want_a_gpu_need_only_torch_and_transformers(build: Build, tiny_folder: Path) -> None:
-    told = [f"subject.model={tiny_folder}", "writing.tokens=16000", "writing.length=80", "writing.rows=50"]
-    told += ["passages.tokens=30000", "passages.chunk=40", "residuals.layers=[1]", "residuals.max_norm=1e9"]
-    settings = [word for setting in told for word in ("--set", setting)]
-    script = Path(build_assets.__file__)
-    command = [sys.executable, "-c", BARE.replace("SCRIPT", repr(str(script))), "residuals", "--work", str(build.work), *settings]
+ELSEWHERE = """
+import sys
+for name in {blocked}:
+    sys.modules[name] = None
+import pickle
+from pathlib import Path
+import build_assets
+from assets import passages
+from assets.parts import Build
+passages.SOURCES = {{"words": passages.Source(("words",), "MIT", 1.0, list)}}
+settings, preset, work, weights = pickle.loads(bytes.fromhex(sys.argv[1]))
+build = Build(work, settings, build_assets.PARTS, weights)
+"""
+"""As on a machine that lacks some packages, to which the work folder was carried."""
+
+
+def elsewhere(build: Build, code: str, *blocked: str) -> None:
+    """Run code there."""
+    given = pickle.dumps((build.settings, measuring.PRESET, build.work, build.weights)).hex()
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": str(script.parent)}
+        [sys.executable, "-c", ELSEWHERE.format(blocked=blocked) + code, given],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(build_assets.__file__).parent)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (found,) = set(build.work.glob("residuals-*")) - {build.folder("residuals")}
-    assert (found / "made.json").exists()
-    (whole,) = (np.load(path) for path in (found / "layer-1").glob("*.npy"))
-    assert len(whole) == build.facts("residuals")["tokens"]
+
+
+def test_cards_and_effects_need_neither_ray_nor_saelens_nor_transformerlens(build: Build) -> None:
+    places = {part: build.work / "elsewhere" / part for part in ("cards", "effects")}
+    for place in places.values():
+        place.mkdir(parents=True)
+    code = "from assets import measuring\nmeasuring.PRESET = preset\n"
+    code += "for part in ('cards', 'effects'): build.parts[part].make(build, work / 'elsewhere' / part)"
+    elsewhere(build, code, "ray", "sae_lens", "transformer_lens")
+    there, here = (list(measuring.measurements(folder)) for folder in (places["effects"], build.folder("effects")))
+    assert [one.item.vector_id for one in there] == [one.item.vector_id for one in here]
+    assert np.allclose(np.stack([one.mean for one in there]), np.stack([one.mean for one in here]), atol=1e-3)
+
+
+def test_residuals_need_only_torch_and_transformers(build: Build) -> None:
+    changed = Build(build.work, build.settings.replaced(["residuals.layers=[1]"]), build.parts, build.weights)
+    names = ("pydantic", "jaxtyping", "transformer_lens", "sae_lens", "ray", "polars", "pyarrow", "psutil")
+    elsewhere(changed, "build.make(['residuals'])", *names)
+    assert changed.is_made("residuals")
+    assert changed.facts("residuals")["tokens"] == build.facts("residuals")["tokens"]
 
 
 def test_a_card_tells_where_a_feature_fires_most_and_how_often(build: Build) -> None:
     cards = pl.read_parquet(build.folder("cards") / "cards.parquet")
-    loaded, sae = LanguageModel.load(build.settings.subject), PlainSae(build.folder("sae") / "sae")
-    texts = [tokens.astype(np.int64) for tokens, _ in writing.texts(build)][: 8000 // 80]
-    acts = sae.encode(residuals.at_layers(loaded.model, torch.from_numpy(np.stack(texts)), [LAYER])[LAYER][:, 2:].float())
-    density = (acts > 0).float().mean((0, 1)).numpy()
+    loaded, sae = LanguageModel.load(build), PlainSae(build.folder("sae") / "sae")
+    found = list(writing.texts(build))[: 8000 // 80]
+    texts = [tokens.astype(np.int64) for tokens, _ in found]
+    own = torch.tensor([[position >= max(2, start) for position in range(80)] for _, start in found])
+    acts = sae.encode(residuals.at_layers(loaded.model, torch.from_numpy(np.stack(texts)), [LAYER])[LAYER].float())
+    acts = acts * own[:, :, None]
+    density = ((acts > 0).sum((0, 1)) / own.sum()).numpy()
     assert np.allclose(cards["density"], density, atol=1e-3)
     feature = int(density.argmax())
     peaks = acts[:, :, feature].amax(1)
-    found = cards["contexts"][feature].to_list()
-    assert [context["activation"] for context in found] == pytest.approx(peaks.topk(5).values.tolist(), rel=1e-2)
+    contexts = cards["contexts"][feature].to_list()
+    assert [context["activation"] for context in contexts] == pytest.approx(peaks.topk(5).values.tolist(), rel=1e-2)
     text = int(peaks.argmax())
-    at = 2 + int(acts[text, :, feature].argmax())
-    assert found[0]["token"] == loaded.tokenizer.decode([texts[text][at]])
-    assert found[0]["before"] == loaded.tokenizer.decode(texts[text][max(1, at - 12) : at].tolist())
+    at = int(acts[text, :, feature].argmax())
+    assert contexts[0]["token"] == loaded.tokenizer.decode([texts[text][at]])
+    assert contexts[0]["before"] == loaded.tokenizer.decode(texts[text][max(1, at - 12) : at].tolist())
 
 
 def test_top_tokens_are_those_whose_logits_a_decoder_row_raises_most(build: Build) -> None:
-    loaded, sae = LanguageModel.load(build.settings.subject), PlainSae(build.folder("sae") / "sae")
+    loaded, sae = LanguageModel.load(build), PlainSae(build.folder("sae") / "sae")
     logits = loaded.model.lm_head.weight.float() @ (loaded.model.model.norm.weight.float() * sae.W_dec[7])
     best = loaded.tokenizer.decode([int(logits.argmax())])
     assert pl.read_parquet(build.folder("cards") / "cards.parquet")["top_tokens"][7][0] == best

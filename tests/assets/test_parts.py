@@ -70,10 +70,12 @@ def test_a_part_that_was_stopped_is_gone_on_with_in_its_own_folder(workshop: Wor
     workshop.broken = ("streams",)
     with pytest.raises(InputError, match="stopped"):
         workshop.build("sae")
+    (runs,) = workshop.work.glob("streams-*/runs.json")
     begun = {path.name for path in workshop.work.iterdir()}
     workshop.broken = ()
     assert workshop.build("sae") == ["streams", "sae"]
     assert begun <= {path.name for path in workshop.work.iterdir()}
+    assert len(json.loads(runs.read_text())) == 2
 
 
 def test_what_is_kept_of_a_part_are_its_settings_the_machine_and_its_facts(workshop: Workshop) -> None:
@@ -82,7 +84,7 @@ def test_what_is_kept_of_a_part_are_its_settings_the_machine_and_its_facts(works
     kept = json.loads(made.read_text())
     assert kept["settings"]["residuals"]["layers"] == [12, 15, 18]
     assert kept["folder"] == made.parent.name
-    assert kept["machine"] and kept["date"]
+    assert [run.keys() for run in kept["runs"]] == [{"date", "machine", "seconds"}]
 
 
 @pytest.mark.parametrize(("need", "said"), [(Need(disk=1e18), "GB of disk"), (Need(memory=1e18), "GB of memory")])
@@ -90,6 +92,29 @@ def test_too_little_room_is_said_before_anything_is_made(tmp_path: Path, need: N
     workshop = Workshop(tmp_path / "work", need)
     with pytest.raises(InputError, match=said):
         workshop.build("sae")
+    assert workshop.made == []
+
+
+def test_what_changes_how_and_not_what_remakes_nothing(workshop: Workshop) -> None:
+    workshop.parts["effects"] = Part(workshop.making("effects"), ("effects",))
+    assert workshop.build("effects") == ["effects"]
+    assert workshop.build("effects", effects__rows="8192") == []
+    assert workshop.build("effects", effects__random="5") == ["effects"]
+
+
+def test_a_part_whose_result_lies_elsewhere_is_made_each_time(workshop: Workshop) -> None:
+    workshop.parts["ship"] = Part(workshop.making("ship"), (), ("apart",), each_time=True)
+    assert workshop.build("ship") == ["apart", "ship"]
+    assert workshop.build("ship") == ["ship"]
+
+
+def test_what_a_part_needs_is_looked_for_before_any_is_made(workshop: Workshop) -> None:
+    def gone(build: Build) -> None:
+        raise InputError("no dictionary")
+
+    workshop.parts["apart"] = Part(workshop.making("apart"), ("passages",), check=gone)
+    with pytest.raises(InputError, match="no dictionary"):
+        workshop.build()
     assert workshop.made == []
 
 

@@ -39,18 +39,21 @@ def test_a_source_that_is_not_there_is_named_with_its_package_and_can_be_skipped
     here = passages.Source(("dict-here",), "MIT", 0.5, lambda: [TEXT, TEXT[::-1]])
     gone = passages.Source(("dict-gone",), "MIT", 0.5, list)
     monkeypatch.setattr(passages, "SOURCES", {"here": here, "gone": gone})
-    parts = {"passages": Part(passages.make, ("subject", "passages"))}
-    told = ["passages.tokens=100", f"subject.model={tiny_folder}"]
-    with pytest.raises(InputError, match="apt-get install dict-gone, or leave it out with --skip gone"):
-        Build(tmp_path, Settings().replaced(told), parts).make(["passages"])
-    build = Build(tmp_path, Settings().replaced([*told, 'passages.skip=["gone"]']), parts)
+    parts = {"passages": Part(passages.make, ("subject", "passages"), check=passages.check)}
+    with pytest.raises(InputError, match="no text of gone: apt-get install dict-gone, or leave it out with --skip gone"):
+        Build(tmp_path, Settings().replaced(["passages.tokens=100"]), parts, tiny_folder).make(["passages"])
+    told = ["passages.tokens=100", 'passages.skip=["gone"]']
+    build = Build(tmp_path, Settings().replaced(told), parts, tiny_folder)
     build.make(["passages"])
     assert build.facts("passages")["sources"]["here"]["licence"] == "MIT"
     assert sum(len(chunk) for chunk in passages.chunks(build)) == build.facts("passages")["tokens"] >= 100
 
 
-def test_an_unknown_source_and_no_source_at_all_are_refused() -> None:
-    with pytest.raises(InputError, match="unknown source of passages 'gcid'.*did you mean 'gcide'"):
-        passages.wanted(["gcid"])
-    with pytest.raises(InputError, match="leave at least one"):
-        passages.wanted(passages.SOURCES)
+@pytest.mark.parametrize(
+    ("skip", "said"),
+    [(["gcid"], "unknown source of passages 'gcid'.*did you mean 'gcide'"), (list(passages.SOURCES), "at least one")],
+)
+def test_an_unknown_source_and_no_source_at_all_are_refused(tmp_path: Path, skip: list[str], said: str) -> None:
+    settings = Settings().replaced([f"passages.skip={skip}"])
+    with pytest.raises(InputError, match=said):
+        passages.wanted(Build(tmp_path, settings, {}))
