@@ -36,6 +36,14 @@ def test_rows_that_two_writers_both_wrote_are_fitted_once(place: Location) -> No
     assert read(rows) == [(["bb", "ccc"], [2, 3]), (["a"], [1]), (["dddd"], [4])]
 
 
+def test_rows_that_are_to_be_left_out_are_not_read(place: Location) -> None:
+    table = Table(place, ["vector_id"])
+    table.write(measured("a", "bb", "ccc"))
+    rows = MeasuredRows.of([table], leave_out={"bb", "other"})
+    assert read(rows) == [(["a", "ccc"], [1, 3])]
+    assert len(rows) == 2
+
+
 def test_of_rows_that_compaction_put_into_one_shard_the_newest_is_fitted(place: Location) -> None:
     table = Table(place, ["vector_id"])
     table.write(measured("a", "b", value=1))

@@ -27,6 +27,11 @@ from assets.settings import Settings
 
 from saets.approximator import Moments
 from saets.cli import main
+from saets.distributed.cluster import Cluster
+from saets.experiment import load_experiment
+from saets.stages.effects import measure_effects
+from saets.stages.session import Session
+from saets.store import RunFolder
 
 WORDS = ("stone", "river", "lamp", "under", "often", "green", "seven", "walked", "because", "honest")
 LAYER = 1
@@ -378,10 +383,51 @@ def test_rollouts_are_compared_at_the_same_number_of_tokens(build: Build) -> Non
     assert found["6 rollouts of 10 tokens"]["mse_zero"] == pytest.approx(float(np.square(changes).mean()), rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray session, which the commands find."""
+    with Cluster(load_experiment("tiny").execution) as started:
+        started.connect()
+        yield
+
+
+def fit_of(run: Path) -> dict[str, Any]:
+    assert main(["fit", measuring.PRESET, "--out", str(run)]) == 0
+    return json.loads((run / "fit.json").read_text())
+
+
 @pytest.mark.ray
-def test_a_run_measures_only_what_is_not_shipped_and_fits_it_with_the_sums(shipped: Path, tmp_path: Path) -> None:
-    assert main(["effects", measuring.PRESET, "--out", str(tmp_path / "run")]) == 0
-    assert main(["fit", measuring.PRESET, "--out", str(tmp_path / "run")]) == 0
-    report = json.loads((tmp_path / "run" / "fit.json").read_text())
+def test_a_run_measures_only_what_is_not_shipped_and_fits_it_with_the_sums(shipped: Path, tmp_path: Path, cluster: None) -> None:
+    assert main(["effects", measuring.PRESET, "--out", str(tmp_path)]) == 0
+    report = fit_of(tmp_path)
     assert (report["rows_own"], report["rows_shipped"]) == (2, 92)
     assert report["rows_train"] + report["rows_held_out"] == 94
+
+
+@pytest.mark.ray
+def test_a_vector_of_the_sums_that_was_measured_again_counts_once(shipped: Path, tmp_path: Path, cluster: None) -> None:
+    summed = pl.read_parquet(shipped / "measured" / "effects" / "summed" / "rows.parquet").filter(pl.col("source") == "decoder")
+    experiment = load_experiment(measuring.PRESET, [f"effects.sources=[{{rows=[3, 5, {summed['index'][0]}]}}]"])
+    with Session.open(experiment, tmp_path, measure=True) as session:
+        measure_effects(session)
+    assert len(RunFolder(tmp_path).effects.ids()) == 3
+    report = fit_of(tmp_path)
+    assert (report["rows_own"], report["rows_shipped"]) == (2, 92)
+    assert report["rows_train"] + report["rows_held_out"] == 94
+
+
+@pytest.mark.ray
+def test_sums_of_other_rows_or_of_another_sae_are_refused(
+    shipped: Path, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["effects", measuring.PRESET, "--out", str(tmp_path)]) == 0
+    named, manifest = shipped / "measured" / "effects" / "summed" / "rows.parquet", shipped / "measured" / "manifest.json"
+    for path, damaged, said in (
+        (named, lambda: pl.read_parquet(named)[1:].write_parquet(named), "rows, "),
+        (manifest, lambda: manifest.write_text(manifest.read_text().replace('"sae_hash": "', '"sae_hash": "0')), "other weights"),
+    ):
+        before = path.read_bytes()
+        damaged()
+        assert main(["fit", measuring.PRESET, "--out", str(tmp_path)]) == 2
+        path.write_bytes(before)
+        assert said in capsys.readouterr().err
