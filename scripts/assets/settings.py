@@ -63,13 +63,13 @@ class Training:
 
     layer: int = 15
     """It reads the residual stream after this block."""
-    kind: str = "batch_topk"
+    kind: str = "topk"
     """`topk`, `batch_topk` or `jumprelu`."""
     d_sae: int = 4096
     k: int = 32
     """Latents a token; of `jumprelu` what its penalty is set to reach."""
     lr: float = 8e-4
-    batch: int = 2048
+    batch: int = 1024
     tokens: int = 5_000_000
     held_out: int = 65_536
     """Tokens on which the SAE is judged, never trained on."""

@@ -22,6 +22,7 @@ from assets import quality, residuals
 from assets.parts import Build, Need, Progress, whole
 from assets.settings import Settings, Training
 from saets.errors import InputError, unknown
+from saets.shapes import Float
 
 KINDS = ("topk", "batch_topk", "jumprelu")
 
@@ -29,6 +30,9 @@ WARM_UP, DECAY = 0.02, 0.25
 """Parts of all steps over which the learning rate rises and, at the end, falls to a tenth."""
 
 CHECKPOINTS = 8
+DEAD_TOKENS = 150_000
+"""A latent that has not fired on so many tokens counts as dead, and the auxiliary loss pulls it back."""
+
 SCALING_BATCHES = 20
 """Batches from which the mean norm of a residual is estimated."""
 
@@ -107,10 +111,11 @@ def _train(build: Build, training: Training, folder: Path, files: Sequence[Path]
 
     steps = training.tokens // training.batch
     torch.manual_seed(build.settings.subject.seed)
-    making = _training_sae(training, _width(files), device, steps)
+    mean = _mean(files)
+    making = _training_sae(training, len(mean), device, steps)
     making.cfg.metadata.hook_name = f"blocks.{training.layer}.hook_resid_post"
     making.cfg.metadata.model_name = build.settings.subject.model
-    batches = Batches(files, training.batch, build.settings.subject.seed, Progress(f"sae {training.kind}, steps", steps))
+    batches = Batches(files, training.batch, build.settings.subject.seed, mean, Progress(f"sae {training.kind}, steps", steps))
     trainer: Any = SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=steps * training.batch,
@@ -120,6 +125,7 @@ def _train(build: Build, training: Training, folder: Path, files: Sequence[Path]
             lr_end=training.lr / 10,
             lr_warm_up_steps=round(WARM_UP * steps),
             lr_decay_steps=round(DECAY * steps),
+            dead_feature_window=max(1, DEAD_TOKENS // training.batch),
             n_checkpoints=CHECKPOINTS,
             checkpoint_path=str(folder / "checkpoints"),
             n_batches_for_norm_estimate=SCALING_BATCHES,
@@ -133,21 +139,31 @@ def _train(build: Build, training: Training, folder: Path, files: Sequence[Path]
             making.load_weights_from_checkpoint(checkpoint)
             trainer.load_trainer_state(checkpoint)
             batches.skip(trainer.n_training_samples // training.batch + SCALING_BATCHES)
-        sae = trainer.fit()
+        sae = _uncentred(trainer.fit(), mean)
         whole(folder / "sae", lambda path: _save(sae, path))
 
 
-def _width(files: Sequence[Path]) -> int:
+def _mean(files: Sequence[Path]) -> Float[Tensor, " d_model"]:
+    """The mean residual of one file, which is taken away before training: no latent is spent on it."""
     if not files:
         raise InputError("one file of residuals, which is held out, and none to train on; give more tokens")
-    return int(np.load(files[0], mmap_mode="r").shape[1])
+    return torch.from_numpy(np.load(files[0])).float().mean(0)
+
+
+def _uncentred(sae: Any, mean: Float[Tensor, " d_model"]) -> Any:
+    """The SAE of centred residuals as one of residuals, exactly."""
+    with torch.no_grad():
+        sae.b_dec += mean.to(sae.device)
+        if not sae.cfg.apply_b_dec_to_input:
+            sae.b_enc -= mean.to(sae.device) @ sae.W_enc
+    return sae
 
 
 class Batches(Iterator[Tensor]):
-    """Residuals, float32 [batch, d_model], a file after another, each mixed; from the first again after the last."""
+    """Residuals less their mean, float32 [batch, d_model], a file after another, each mixed; after the last the first again."""
 
-    def __init__(self, files: Sequence[Path], batch: int, seed: int, progress: Progress) -> None:
-        self._files, self._batch, self._seed, self._progress = files, batch, seed, progress
+    def __init__(self, files: Sequence[Path], batch: int, seed: int, mean: Float[Tensor, " d_model"], progress: Progress) -> None:
+        self._files, self._batch, self._seed, self._mean, self._progress = files, batch, seed, mean, progress
         self._given = 0
         self._left = self._all()
 
@@ -158,7 +174,7 @@ class Batches(Iterator[Tensor]):
                 generator = torch.Generator().manual_seed(2**20 * self._seed + 1000 * turn + i)
                 for part in torch.randperm(len(data), generator=generator).split(self._batch):
                     if len(part) == self._batch:
-                        yield data[part].float()
+                        yield data[part].float() - self._mean
 
     def __next__(self) -> Tensor:
         self._given += 1

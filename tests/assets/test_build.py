@@ -154,6 +154,14 @@ def test_unexplained_variance_is_squared_error_over_squared_distance_from_the_me
     assert facts["dead"] == int((acts.amax(0) == 0).sum())
 
 
+def test_an_sae_is_trained_about_the_mean_residual_and_reads_residuals_as_they_are(build: Build) -> None:
+    sae = PlainSae(build.folder("sae") / "sae")
+    files = residuals.files(build, LAYER)
+    mean = torch.from_numpy(np.concatenate([np.load(file) for file in files])).float().mean(0)
+    assert torch.nn.functional.cosine_similarity(sae.b_dec, mean, dim=0) > 0.9
+    assert (sae.b_dec - mean).norm() < 0.5 * mean.norm()
+
+
 def test_a_perfect_sae_recovers_all_of_the_loss_and_one_that_gives_zero_none(build: Build) -> None:
     class Scaled:
         device = "cpu"
@@ -354,10 +362,10 @@ def test_checksums_and_the_card_are_of_what_is_shipped(build: Build, shipped: Pa
 def test_kinds_layers_and_widths_are_compared_on_fewer_tokens(build: Build) -> None:
     build.make(["compare"])
     found = build.facts("compare")["variants"]
-    names = {"topk-layer1-64", "batch_topk-layer1-64", "jumprelu-layer1-64", "batch_topk-layer2-64", "batch_topk-layer1-128"}
+    names = {"topk-layer1-64", "batch_topk-layer1-64", "jumprelu-layer1-64", "topk-layer2-64", "topk-layer1-128"}
     assert found.keys() == names
     assert all(report["tokens"] == 4096 for report in found.values())
-    assert found["batch_topk-layer2-64"]["layer"] == 2
+    assert found["topk-layer2-64"]["layer"] == 2
 
 
 def test_layers_and_targets_are_compared_by_fits_to_the_same_rows(build: Build) -> None:
