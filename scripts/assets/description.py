@@ -65,6 +65,7 @@ def _entries(sae: Mapping[str, Any], effects: Mapping[str, Any], shipped: Mappin
         f"cosine of {held_out['cosine']:.3f} (the mean effect: {held_out['cosine_mean_effect']:.3f})."
     )
     yield "`cards.parquet`: of each feature its density, the contexts where it fires most, and the tokens whose logits it raises."
+    yield "`build.json`: settings, facts, dates and machines of each part of the build."
     yield "`links.parquet`: of each feature the decoder rows that change it most, and the features that its own row changes most."
 
 

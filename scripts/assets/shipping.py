@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,8 @@ def make(build: Build, folder: Path) -> Mapping[str, Any]:
         "held_out": held_out_report(moments, held_out, baseline, experiment.fit.penalties),
     }
     (making / "README.md").write_text(description.of(build, facts), encoding="utf-8")
+    made = {name: build.facts(name) for name in (*build.parts["ship"].after, "residuals")}
+    (making / "build.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     sums = "".join(f"{digest}  {name}\n" for name, digest in checksums(making).items())
     (making / "SHA256SUMS").write_text(sums, encoding="utf-8")
     size = sum(path.stat().st_size for path in making.rglob("*") if path.is_file())

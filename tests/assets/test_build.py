@@ -356,6 +356,9 @@ def test_checksums_and_the_card_are_of_what_is_shipped(build: Build, shipped: Pa
     assert names == {path.relative_to(shipped).as_posix() for path in shipped.rglob("*") if path.is_file()} - {"SHA256SUMS"}
     card = (shipped / "README.md").read_text()
     assert "| words | words | MIT |" in card
+    recorded = json.loads((shipped / "build.json").read_text())
+    assert recorded["sae"] == build.facts("sae")
+    assert recorded["writing"]["settings"]["subject"]["seed"] == build.settings.subject.seed
     assert f"{build.facts('sae')['l0']} latents a token" in card
 
 
