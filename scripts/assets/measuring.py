@@ -54,10 +54,10 @@ def preset_settings(build: Build) -> Mapping[str, Any]:
 
 def settings_and_live_rows(build: Build) -> list[Any]:
     """What else decides which vectors are measured, and how."""
-    return [preset_settings(build), live_rows(build)]
+    return [preset_settings(build), live_rows()]
 
 
-def live_rows(build: Build) -> list[int]:
+def live_rows() -> list[int]:
     """Decoder rows that the preset measures in the user's run."""
     sources = load_experiment(PRESET).effects.sources
     return sorted(row for source in sources for row in getattr(source, "rows", None) or ())
@@ -66,7 +66,7 @@ def live_rows(build: Build) -> list[int]:
 def experiment_of(build: Build, folder: Path) -> Experiment:
     """The preset with the SAE in `folder`, and the vectors to ship in place of those that it measures live."""
     effects, layer = build.settings.effects, build.settings.training.layer
-    live = live_rows(build)
+    live = live_rows()
     rows = [row for row in decoder_rows(build) if row not in live][: effects.decoder]
     return preset_with(folder, layer, rows=sorted(rows), mixtures=effects.mixtures, random=effects.random, at_once=effects.rows)
 
