@@ -15,6 +15,7 @@ PACKAGE = Path(saets.__file__).parent
 
 FLOORS = (
     {"cli", "__main__"},
+    {"commands"},
     {"pipeline"},
     {"stages"},
     {"checks", "doctor", "explore", "distributed"},

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from assets.language_model import LanguageModel
 from assets.parts import Build, Need, Progress, digest, whole
@@ -23,10 +24,11 @@ from assets.settings import Settings
 from saets import sae
 from saets.config import BASELINE, Experiment, packaged
 from saets.effects import EffectWorker, Failure, Measurement, baseline_items, rollouts_per_vector
+from saets.engine.calibration import Calibration, Calibrator
 from saets.errors import InputError
 from saets.experiment import effect_settings, load_experiment
 from saets.hooks import layer_of
-from saets.records import VectorItem
+from saets.records import VectorItem, vector_id
 from saets.rows import measurement_rows, measurements_of
 from saets.sources import vector_items
 
@@ -96,7 +98,7 @@ def preset_with(
 
 
 def make(build: Build, folder: Path) -> Mapping[str, Any]:
-    """Files of some measurements each, the baseline's blocks first."""
+    """Files of some measurements each."""
     experiment = experiment_of(build, build.folder("sae") / "sae")
     dtype = measure(build, experiment, folder)
     outcomes = Counter(found.calibration.outcome for found in measurements(folder) if found.item.source != BASELINE)
@@ -108,10 +110,11 @@ def make(build: Build, folder: Path) -> Mapping[str, Any]:
     }
 
 
-def measure(build: Build, experiment: Experiment, folder: Path) -> str:
+def measure(build: Build, experiment: Experiment, folder: Path, known: dict[str, Calibration] | None = None) -> str:
     """Measure the baseline and all vectors of the experiment into `folder`, those that are not there yet; the model's precision.
 
-    A vector that cannot be measured is named and left out.
+    A vector that cannot be measured is named and left out. Scales in `known`, by vector, are not looked for again, and those that
+    are found are added to it: they depend on the model, the hook and the rule, and not on rollouts.
 
     Raises:
         InputError: a block of the baseline, or all of the vectors measured together, cannot be measured.
@@ -120,17 +123,36 @@ def measure(build: Build, experiment: Experiment, folder: Path) -> str:
         sae.LOADERS["folder"] = lambda spec, d_model: PlainSae(Path(str(spec.path)))
     loaded, settings = LanguageModel.load(build), experiment.effects
     engine = loaded.engine(layer_of(experiment.hook_name), top_k=settings.top_k, temperature=settings.temperature)
-    items = [*baseline_items(experiment, engine.decoder.d_model), *_vectors(experiment, engine.decoder.d_model)]
-    starts = range(0, len(items), FILE_VECTORS)
-    missing = [start for start in starts if not _file(folder, start).exists()]
-    if missing:
+    wanted = [*baseline_items(experiment, engine.decoder.d_model), *_vectors(experiment, engine.decoder.d_model)]
+    files = sorted(folder.glob("measured-*.parquet"))
+    there = {one for file in files for one in pq.read_table(file, columns=["vector_id"])["vector_id"].to_pylist()}
+    items = [item for item in wanted if item.vector_id not in there]
+    if items:
         worker = EffectWorker(experiment, engine=engine)
-        progress = Progress("effects, vectors", len(items), (len(starts) - len(missing)) * FILE_VECTORS)
-    for start in missing:
+        if known is not None:
+            worker.calibrator = Remembering(worker.calibrator, known)
+        progress = Progress("effects, vectors", len(wanted), len(wanted) - len(items))
+    for number, start in enumerate(range(0, len(items), FILE_VECTORS), start=len(files)):
         found = _only_measurements(worker.measure(items[start : start + FILE_VECTORS]))
-        whole(_file(folder, start), lambda path, found=found: pq.write_table(measurement_rows(found), path))
-        progress.at(start + FILE_VECTORS)
+        path = folder / f"measured-{number:06d}.parquet"
+        whole(path, lambda path, found=found: pq.write_table(measurement_rows(found), path))
+        progress.at(len(wanted) - len(items) + start + FILE_VECTORS)
     return str(engine.dtype).removeprefix("torch.")
+
+
+class Remembering:
+    """A calibrator that asks another one only for scales that are not known."""
+
+    def __init__(self, calibrator: Calibrator, known: dict[str, Calibration]) -> None:
+        self._calibrator, self._known = calibrator, known
+        self.unsteered_loss = calibrator.unsteered_loss
+
+    def calibrate(self, directions: Sequence[Tensor]) -> list[Calibration]:
+        """The scale of each unit vector."""
+        ids = [vector_id(direction.numpy()) for direction in directions]
+        new = {name: direction for name, direction in zip(ids, directions, strict=True) if name not in self._known}
+        self._known.update(zip(new, self._calibrator.calibrate(list(new.values())), strict=True))
+        return [self._known[name] for name in ids]
 
 
 def _only_measurements(results: Sequence[Measurement | Failure]) -> list[Measurement]:
@@ -143,7 +165,7 @@ def _only_measurements(results: Sequence[Measurement | Failure]) -> list[Measure
 
 
 def measurements(folder: Path) -> Iterator[Measurement]:
-    """All measurements, the baseline's blocks first."""
+    """All measurements, the baseline's blocks among them."""
     for path in sorted(folder.glob("measured-*.parquet")):
         yield from measurements_of(pq.read_table(path))
 
@@ -153,7 +175,3 @@ def _vectors(experiment: Experiment, d_model: int) -> list[VectorItem]:
     items = list({item.vector_id: item for item in vector_items(experiment, d_model)}.values())
     chance.Random(experiment.seed).shuffle(items)
     return items
-
-
-def _file(folder: Path, start: int) -> Path:
-    return folder / f"measured-{start:06d}.parquet"

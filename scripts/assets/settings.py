@@ -110,9 +110,9 @@ class Effects:
 class Layers:
     """How layers are compared by the fit to effects."""
 
-    rows: int = 350
+    rows: int = 250
     """Decoder rows measured at each layer."""
-    random: int = 50
+    random: int = 30
 
 
 @dataclass(frozen=True)
@@ -120,22 +120,22 @@ class Targets:
     """How calibration targets are compared."""
 
     loss_increases: tuple[float, ...] = (0.25, 0.5, 1.0)
-    rows: int = 350
-    random: int = 50
+    rows: int = 250
+    random: int = 30
 
 
 @dataclass(frozen=True)
 class Rollouts:
     """How numbers and lengths of rollouts are compared."""
 
-    tokens: int = 300_000
+    tokens: int = 200_000
     """Of all rollouts together, at each number and length."""
     each: tuple[int, ...] = (1, 3, 12)
     """Rollouts a prompt."""
-    baseline_each: int = 240
+    baseline_each: int = 80
     """Of the baseline, at each number and length."""
     lengths: tuple[int, ...] = (12, 20, 32)
-    truth_vectors: int = 40
+    truth_vectors: int = 24
     truth_each: int = 64
     truth_length: int = 32
 

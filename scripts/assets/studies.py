@@ -22,6 +22,7 @@ from assets.parts import Build, Need
 from assets.settings import Settings
 from saets.config import BASELINE, Experiment
 from saets.effects import Measurement
+from saets.engine.calibration import Calibration
 from saets.errors import InputError
 from saets.held_out import is_held_out
 from saets.rows import Baseline
@@ -78,7 +79,7 @@ def rollouts(build: Build, folder: Path) -> Mapping[str, Any]:
                 f"expected 2 to {most}, the SAE's rows less those that are predicted"
             )
     truth, truth_baseline = parted(_measured(build, experiment, folder / "truth"))
-    found = {}
+    found, scales = {}, {}
     for length, each in itertools.product(study.lengths, study.each):
         vectors = study.tokens // (len(prompts) * each * length)
         rows = order[study.truth_vectors : study.truth_vectors + vectors]
@@ -86,7 +87,8 @@ def rollouts(build: Build, folder: Path) -> Mapping[str, Any]:
         of_cell = (f"effects.rollouts={each}", f"effects.length={length}", f"effects.baseline_blocks={blocks}")
         experiment = _of_shipped_sae(build, rows, 0, *of_cell)
         name = f"{len(prompts) * each} rollouts of {length} tokens"
-        some, baseline = parted(_measured(build, experiment, folder / f"length-{length}-each-{each}"))
+        some, baseline = parted(_measured(build, experiment, folder / f"length-{length}-each-{each}", scales))
+        scales.update({one.item.vector_id: one.calibration for one in some})
         factor = free_share(prompts, study.truth_length) / free_share(prompts, length)
         scaled = [replace(one, mean=factor * one.mean) for one in some]
         moments = moments_of(scaled, baseline._replace(mean=factor * baseline.mean))
@@ -119,9 +121,11 @@ def parted(found: list[Measurement]) -> tuple[list[Measurement], Baseline]:
     return [one for one in found if one.item.source != BASELINE], Baseline(mean, variance, None)
 
 
-def _measured(build: Build, experiment: Experiment, folder: Path) -> list[Measurement]:
+def _measured(
+    build: Build, experiment: Experiment, folder: Path, scales: dict[str, Calibration] | None = None
+) -> list[Measurement]:
     folder.mkdir(exist_ok=True)
-    measuring.measure(build, experiment, folder)
+    measuring.measure(build, experiment, folder, scales)
     return list(measuring.measurements(folder))
 
 

@@ -1,0 +1,95 @@
+"""What commands share: the two consoles, the experiment that is named, and its session or finished run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from saets.config import Experiment
+from saets.experiment import load_experiment
+from saets.storage import Location, locate
+from saets.terminal import shown_progress
+
+if TYPE_CHECKING:
+    from saets.explore import Run
+    from saets.stages.session import Session
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Command = Callable[[argparse.Namespace], int | None]
+"""Runs what was asked for; the exit code where it is not 0."""
+
+Commands = argparse._SubParsersAction
+
+
+def add_command(
+    commands: Commands, name: str, command: Command, text: str, *, experiment: bool = True
+) -> argparse.ArgumentParser:
+    """A command with the options that all have; those about an experiment by `experiment`."""
+    added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    added.set_defaults(command=command)
+    if not experiment:
+        return added
+    added.add_argument("experiment", help="a preset name, a TOML file, or a run folder (path or URI)")
+    added.add_argument(
+        "--out",
+        help="run folder: a path, or a URI such as s3://bucket/folder; by default the run folder itself, else runs/NAME",
+    )
+    added.add_argument(
+        "--progress",
+        choices=("auto", "bars", "lines", "none"),
+        default="auto",
+        help="bars, or lines for a log file; by default bars in a terminal and lines in a Ray job's log",
+    )
+    added.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="change one setting"
+    )
+    return added
+
+
+@contextlib.contextmanager
+def session_of(
+    options: argparse.Namespace, *, checked: bool = True, goals: bool = False, judge: bool = False, measure: bool = False
+) -> Iterator[Session]:
+    """The experiment in its run folder, made only after what the command needs of it has been checked."""
+    from saets.checks import check_all, check_experiment
+    from saets.stages.session import Session
+
+    experiment, out = experiment_of(options)
+    if goals:
+        check_all(experiment, judged=judge)
+    elif checked:
+        check_experiment(experiment)
+    with (
+        shown_progress(errors, options.progress) as progress,
+        Session.open(experiment, out, progress, measure=measure, verbose=options.verbose) as session,
+    ):
+        yield session
+
+
+def opened_run(options: argparse.Namespace) -> Run:
+    """The run folder to play with, after its experiment has been checked."""
+    from saets.checks import check_experiment
+    from saets.explore import Run
+
+    experiment, out = experiment_of(options)
+    check_experiment(experiment)
+    return Run(out, experiment)
+
+
+def experiment_of(options: argparse.Namespace) -> tuple[Experiment, Location]:
+    """The experiment that is named, and its run folder."""
+    out = locate(options.out) if options.out else None
+    given = locate(options.experiment)
+    experiment = load_experiment(given, options.overrides)
+    return experiment, out or (given if given.is_folder() else locate(f"runs/{experiment.name}"))
+
+
+def show_path(what: str, path: Location) -> None:
+    """Say where something is."""
+    console.print(f"{what}: {path}", markup=False)

@@ -1,0 +1,222 @@
+"""Commands that run stages and write a run folder, and what they show at the end."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from saets.commands.common import Commands, add_command, console, errors, experiment_of, session_of, show_path
+from saets.config import HUB_NAME
+from saets.errors import InputError
+from saets.experiment import load_experiment, preset_names
+from saets.storage import locate
+from saets.terminal import shown_progress
+
+if TYPE_CHECKING:
+    from saets.stages.session import Session
+
+
+def add(commands: Commands) -> None:
+    """Put these commands into the parser."""
+    add_command(commands, "presets", _presets, "list the experiments that come with the package", experiment=False)
+    run = add_command(commands, "run", _run, "every stage, skipping what is done")
+    run.add_argument("--measure", action="store_true", help="fit only effects measured here, not those that come with the preset")
+    effects = add_command(commands, "effects", _effects, "measure what each vector does to every feature")
+    effects.add_argument("--retry-failed", action="store_true", help="try vectors again that could not be measured")
+    add_command(commands, "fit", _fit, "fit the linear map from vectors to effects")
+    add_command(commands, "vectors", _vectors, "build the vector of every goal and method")
+    add_command(commands, "generate", _generate, "write steered text")
+    add_command(commands, "grade", _grade, "grade the text that is there")
+    add_command(commands, "evaluate", _evaluate, "write and grade steered text, both at once")
+    add_command(commands, "plot", _plot, "draw the plots of what is graded")
+    add_command(commands, "doctor", _doctor, "check that hooks, logits and effects are what the method takes for granted")
+    pull = add_command(commands, "pull", _pull, "fetch the published files that an experiment names into its run folder")
+    pull.add_argument("--effects", action="store_true", help="also the measured effects, which may take gigabytes")
+    push = add_command(commands, "push", _push, "put a run's approximator, vectors, effects and results on the hub")
+    push.add_argument("repo", metavar="OWNER/NAME")
+    push.add_argument("--repo-type", choices=("dataset", "model"), default="dataset")
+    push.add_argument("--private", action="store_true", help="where the repository is new, for you alone")
+    push.add_argument("--no-effects", action="store_true", help="leave the measured effects out")
+
+
+def _presets(options: argparse.Namespace) -> None:
+    table = Table("preset", "model", "SAE", "what it is", box=None, pad_edge=False)
+    for name in preset_names():
+        experiment = load_experiment(name)
+        sae = experiment.sae.id or experiment.sae.path or f"random, {experiment.sae.d_sae} features"
+        table.add_row(*(escape(text) for text in (name, experiment.model.name, sae, experiment.description)))
+    console.print(table)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from saets.pipeline import run_all
+
+    with session_of(options, goals=True, judge=True, measure=options.measure) as session:
+        run_all(session)
+        _show_outcome(session)
+
+
+def _effects(options: argparse.Namespace) -> None:
+    from saets.stages.effects import measure_effects
+
+    with session_of(options) as session:
+        measure_effects(session, retry_failed=options.retry_failed)
+        show_path("effects", session.run.effects.folder)
+        _show_storage(session.run.manifest()["effects"].get("storage"))
+
+
+def _fit(options: argparse.Namespace) -> None:
+    from saets.stages.fit import fit_approximator
+
+    with session_of(options) as session:
+        fit_approximator(session)
+        _show_fit(session)
+
+
+def _pull(options: argparse.Namespace) -> None:
+    from saets.stages.pull import pull
+
+    with session_of(options, checked=False) as session:
+        pull(session, effects=options.effects)
+        _show_fit(session)
+        if session.run.published_effects.shards():
+            show_path("published effects", session.run.published_effects.folder)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from saets.hub import Source
+    from saets.stages.push import push
+
+    run = locate(options.out or options.experiment)
+    if not re.fullmatch(HUB_NAME, options.repo):
+        raise InputError(f"{options.repo!r} names no repository of the hub; expected OWNER/NAME")
+    if not (run / "experiment.toml").is_file():
+        raise InputError(f"no run folder at {run}; give one that a run has written, e.g. `saets push runs/smollm2 OWNER/NAME`")
+    with shown_progress(errors, options.progress) as progress:
+        target = Source(options.repo, options.repo_type)
+        url = push(run, target, progress, private=options.private, effects=not options.no_effects)
+    console.print(f"pushed to {url}", markup=False)
+
+
+def _vectors(options: argparse.Namespace) -> None:
+    from saets.stages.vectors import build_vectors
+
+    with session_of(options, goals=True) as session:
+        build_vectors(session)
+        show_path("vectors", session.run.path / "vectors")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    _texts(options, generate=True, grade=False)
+
+
+def _grade(options: argparse.Namespace) -> None:
+    _texts(options, generate=False, grade=True)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _texts(options, generate=True, grade=True)
+
+
+def _texts(options: argparse.Namespace, *, generate: bool, grade: bool) -> None:
+    from saets.stages.evaluate import evaluate
+    from saets.stages.results import write_results
+    from saets.stages.vectors import build_vectors, read_vectors
+
+    with session_of(options, goals=True, judge=grade) as session:
+        vectors = build_vectors(session) if generate else read_vectors(session)
+        evaluate(session, vectors, generate=generate, grade=grade)
+        if grade:
+            write_results(session)
+            _show_outcome(session)
+        else:
+            show_path("completions", session.run.generations.folder)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from saets.stages.results import write_plots
+
+    with session_of(options) as session:
+        write_plots(session)
+        show_path("plots", session.run.path / "plots")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from saets.checks import check_experiment
+    from saets.doctor import examine
+
+    experiment, _ = experiment_of(options)
+    check_experiment(experiment)
+    failed = 0
+    for finding in examine(experiment):
+        failed += not finding.ok
+        console.print(f"{'ok' if finding.ok else 'FAILED':<7} {finding.check:<15} {finding.detail}", markup=False)
+    return 1 if failed else 0
+
+
+def _show_outcome(session: Session) -> None:
+    from saets import plots
+    from saets.stages.results import read_outcome, samples
+
+    names = plots.display_names()
+    outcome = read_outcome(session)
+    table = Table("goal", "method", "score", "95% interval", "scale", "optimistic max", box=None, pad_edge=False)
+    for row in outcome.summary.iter_rows(named=True):
+        table.add_row(
+            escape(row["goal"]),
+            names.get(row["method"], row["method"]),
+            _number(row["held_out"]),
+            f"{_number(row['held_out_low'])} to {_number(row['held_out_high'])}",
+            _number(row["scale"], ".0f"),
+            _number(row["optimistic_max"]),
+        )
+    console.print("\nScore: mean behaviour x mean coherence, scale chosen on one half of the samples and scored on the other.")
+    console.print(table)
+    failed = int(outcome.texts["failed"].sum())
+    if failed:
+        console.print(f"{failed} of {len(outcome.texts)} texts could not be graded; they count in no score")
+    console.print("\nSamples at each method's best scale:")
+    for goal, method, scale, text in samples(session):
+        console.print(f"  {goal} · {names.get(method, method)} · {scale:g}: {' '.join(text.split())}", markup=False)
+    console.print()
+    _show_fit(session)
+    there = session.run.path.entries()
+    for what in ("results.parquet", "results.md", "vectors", "plots"):
+        if what in there:
+            show_path(what, session.run.path / what)
+
+
+def _show_fit(session: Session) -> None:
+    import json
+
+    report = json.loads((session.run.path / "fit.json").read_text())
+    if origin := report.get("published"):
+        console.print(f"approximator: {origin['file']} of {origin['repo']}, commit {origin['commit'][:12]}", markup=False)
+        show_path("approximator", session.run.approximator)
+        return
+    held_out = report["held_out"]
+    console.print(
+        f"approximator: {report['rows_train'] + report['rows_held_out']} rows ({report['rows_own']} measured here, "
+        f"{report['rows_shipped']} shipped), held-out R2 {_number(held_out['r2'])}, cosine {held_out['cosine']:.3f}"
+    )
+    show_path("approximator", session.run.approximator)
+
+
+def _show_storage(storage: Mapping[str, Any] | None) -> None:
+    if storage is None:
+        return
+    share = storage["rounding_rms"] / storage["standard_error_rms"] if storage["standard_error_rms"] else float("nan")
+    console.print(
+        f"stored in {storage['dtype']}: {storage['megabytes_per_10000_vectors']:.3g} MB per 10,000 vectors; rounding errs by "
+        f"{storage['rounding_rms']:.2g} (RMS), {share:.2%} of the effects' standard error",
+        markup=False,
+    )
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
