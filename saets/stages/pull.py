@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def pull_approximator(session: Session) -> None:
 def _save_approximator(session: Session, approximator: EffectApproximator, report: dict[str, Any]) -> None:
     run = session.run
     provenance = {"model": session.experiment.model.name, "hook_name": session.experiment.hook_name, **report}
-    EffectApproximator(approximator.M, approximator.b, provenance).save(run.approximator)
+    replace(approximator, provenance=provenance).save(run.approximator)
     run.write_fit(report)
     run.update_manifest(fit={"inputs": settings_hash(report["published"]), **report})
 
