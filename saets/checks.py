@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from saets.config import DATASET, Experiment, packaged
 from saets.errors import InputError
-from saets.goal import Goal, goal_features, load_goal
+from saets.goal import Goal, check_contrast, goal_features, load_goal
 from saets.hooks import blocks_below, layer_of
 from saets.judge.choice import check_judge
 from saets.methods import needs
@@ -84,4 +84,8 @@ def check_all(experiment: Experiment, *, judged: bool = True) -> list[Goal]:
     if judged:
         check_judge(experiment.judge)
     check_experiment(experiment)
+    if any(needs(method, "positive") for method in experiment.steering.methods):
+        tokenizer = load_tokenizer(experiment.model)
+        for goal in goals:
+            check_contrast(tokenizer, goal)
     return goals

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from saets.config import Experiment
 from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
-from saets.goal import Goal
+from saets.goal import SIDES, Goal, contrast_tokens
 from saets.hooks import blocks_below
 from saets.model import load_model
 from saets.records import Generation, GenerationItem
@@ -63,15 +63,19 @@ class SteeringWorker:
 
     @torch.no_grad()
     def contrast(self, goal: Goal) -> dict[str, NDArray[np.float32]]:
-        """`positive` and `negative` [texts, d_model]: h_L of each contrast text, averaged over its tokens, BOS included."""
-        return {
-            side: np.stack([self._mean_residual(text) for text in getattr(goal.contrast, side)])
-            for side in ("positive", "negative")
-        }
+        """`positive` and `negative` [texts, d_model]: h_L of each contrast text, averaged over the tokens that count.
 
-    def _mean_residual(self, text: str) -> NDArray[np.float32]:
-        tokens = torch.tensor([encode(self.model.tokenizer, text)], device=self.engine.device)
+        Those of a plain text are all, BOS included; those of an exchange are the assistant's answer.
+
+        Raises:
+            InputError: see `contrast_tokens`.
+        """
+        tokenizer = self.model.tokenizer
+        return {side: np.stack([self._mean_residual(*text) for text in contrast_tokens(tokenizer, goal, side)]) for side in SIDES}
+
+    def _mean_residual(self, text: list[int], start: int) -> NDArray[np.float32]:
+        tokens = torch.tensor([text], device=self.engine.device)
         hook_name = self.experiment.hook_name
         _, cache = self.model.run_with_cache(tokens, names_filter=hook_name, stop_at_layer=blocks_below(hook_name))
-        mean: NDArray[np.float32] = cache[hook_name][0].float().mean(0).cpu().numpy()
+        mean: NDArray[np.float32] = cache[hook_name][0, start:].float().mean(0).cpu().numpy()
         return mean

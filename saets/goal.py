@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from saets.config import PRESETS, Experiment
 from saets.errors import InputError, unknown
 from saets.model_config import Section
+from saets.tokens import check_chat, encode
 
 COHERENCE = "The text is coherent and its grammar is correct."
 """The second criterion, the same for every goal."""
@@ -24,14 +26,37 @@ MIN_PAIRS = 10
 MIN_EXAMPLES = 8
 
 
-class Contrast(Section):
-    """Texts with and without the behaviour, paired by position."""
+class Exchange(Section):
+    """A contrast text in chat form: what a user says, and the assistant's answer, which is what is contrasted."""
 
-    positive: tuple[str, ...] = Field(min_length=MIN_PAIRS)
-    negative: tuple[str, ...] = Field(min_length=MIN_PAIRS)
+    user: str
+    assistant: str = Field(min_length=1)
+
+
+ContrastItem = Annotated[
+    Annotated[str, Tag("text")] | Annotated[Exchange, Tag("exchange")],
+    Discriminator(lambda item: "exchange" if isinstance(item, dict | Exchange) else "text"),
+]
+
+Side = Literal["positive", "negative"]
+SIDES: tuple[Side, ...] = ("positive", "negative")
+
+
+class Contrast(Section):
+    """Texts with and without the behaviour, paired by position; all of them plain, or all `{user = "...", assistant = "..."}`."""
+
+    positive: tuple[ContrastItem, ...] = Field(min_length=MIN_PAIRS)
+    negative: tuple[ContrastItem, ...] = Field(min_length=MIN_PAIRS)
+
+    @property
+    def chat(self) -> bool:
+        """Whether the texts are in chat form."""
+        return isinstance(self.positive[0], Exchange)
 
     @model_validator(mode="after")
     def _paired(self) -> Contrast:
+        if len({type(item) for item in (*self.positive, *self.negative)}) > 1:
+            raise ValueError("contrast mixes plain texts and {user, assistant} tables; give all of them in one form")
         if len(self.positive) != len(self.negative):
             raise ValueError(f"contrast has {len(self.positive)} positive and {len(self.negative)} negative texts; pair them")
         if set(self.positive) == set(self.negative):
@@ -69,7 +94,9 @@ class Goal(Section):
 
     @model_validator(mode="after")
     def _disjoint(self) -> Goal:
-        contrast = {*self.contrast.positive, *self.contrast.negative}
+        contrast = {
+            item.assistant if isinstance(item, Exchange) else item for item in (*self.contrast.positive, *self.contrast.negative)
+        }
         shared = contrast & {*self.examples.positive, *self.examples.negative}
         if shared:
             raise ValueError(
@@ -103,6 +130,39 @@ def load_goal(name: str) -> Goal:
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"goal file {path.name}: {where + ': ' if where else ''}{message}") from error
+
+
+class ContrastTokens(NamedTuple):
+    """A contrast text as tokens."""
+
+    tokens: list[int]
+    start: int
+    """The first position that counts: 0, BOS, in a plain text; that of the answer in an exchange."""
+
+
+def contrast_tokens(tokenizer: Any, goal: Goal, side: Side) -> list[ContrastTokens]:
+    """The contrast texts of one side.
+
+    A plain text is BOS and the text. An exchange is the user's turn by the chat template (see `tokens.encode`) and then the
+    answer's tokens, as if the model had written them; the template and the user's turn are read but do not count.
+
+    Raises:
+        InputError: exchanges, and a tokenizer without a chat template.
+    """
+    found = []
+    for item in getattr(goal.contrast, side):
+        if isinstance(item, Exchange):
+            before = encode(tokenizer, item.user, "chat")
+            found.append(ContrastTokens(before + tokenizer.encode(item.assistant, add_special_tokens=False), len(before)))
+        else:
+            found.append(ContrastTokens(encode(tokenizer, item), 0))
+    return found
+
+
+def check_contrast(tokenizer: Any, goal: Goal) -> None:
+    """Raise `InputError` where the contrast texts are in chat form and the tokenizer has no chat template."""
+    if goal.contrast.chat:
+        check_chat(tokenizer, f"goal {goal.id!r} has contrast pairs in chat form")
 
 
 def goal_features(goal: Goal, experiment: Experiment) -> GoalFeatures:

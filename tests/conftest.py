@@ -1,4 +1,5 @@
-"""The tiny random-weight model and its experiment, in float32 on the CPU whatever the machine has; a chat server; a bucket."""
+"""The tiny random-weight model and its experiment, in float32 on the CPU whatever the machine has, and one of them that chats;
+a chat server; a bucket."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ import torch
 
 from saets.config import Experiment
 from saets.experiment import load_experiment
-from saets.model import load_model
-from saets.model_config import Model
+from saets.model import ByteTokenizer, load_model, random_llama
+from saets.model_config import Model, RandomWeights
 from saets.storage import Location, locate
 from tests.chat_server import KEY, Server
 
@@ -32,6 +33,32 @@ def tiny() -> Any:
 @pytest.fixture(scope="session")
 def tiny_experiment() -> Experiment:
     return load_experiment("tiny", ["model.dtype=float32", "model.device=cpu"])
+
+
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}{% if loop.first %}<bos>{% endif %}"
+    "[{{ turn['role'] }}]{{ turn['content'] | trim }}<end>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer() -> Any:
+    """The byte tokenizer with a chat template, whose turns end in `<end>`; that is not its EOS token."""
+    tokenizer = ByteTokenizer.build()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def chat_experiment(chat_tokenizer: Any, tmp_path: Path) -> Experiment:
+    """The tiny experiment with a random-weight model in a folder, which writes and is measured in chats."""
+    weights = random_llama(RandomWeights(), torch.float32)
+    weights.model.resize_token_embeddings(len(chat_tokenizer))
+    weights.model.save_pretrained(tmp_path / "chat")
+    chat_tokenizer.save_pretrained(tmp_path / "chat")
+    of_model = ["model.loader=transformers", f"model.name={tmp_path / 'chat'}", "model.dtype=float32", "model.device=cpu"]
+    return load_experiment("tiny", of_model)
 
 
 @pytest.fixture

@@ -166,6 +166,36 @@ def test_an_example_that_is_also_a_contrast_text_is_refused_and_quoted(
     assert "'the shared text'" in message
 
 
+def exchanges(what: str) -> list[Any]:
+    return [{"user": "What is that?", "assistant": f"{what} {i}"} for i in range(10)]
+
+
+def test_contrast_pairs_may_be_exchanges_of_a_user_and_an_assistant(tmp_path: Path) -> None:
+    goal = load_goal(goal_file(tmp_path, contrast={"positive": exchanges("A cat"), "negative": exchanges("A dog")}))
+    assert goal.contrast.chat
+    assert not load_goal("london").contrast.chat
+    assert goal.contrast.model_dump()["negative"][2] == {"user": "What is that?", "assistant": "A dog 2"}
+
+
+@pytest.mark.parametrize(
+    ("positive", "expected"),
+    [
+        ([*exchanges("A cat")[:9], "a cat"], "mixes plain texts and {user, assistant} tables"),
+        ([f"A cat {i}" for i in range(10)], "mixes plain texts and {user, assistant} tables"),
+        ([*exchanges("A cat")[:9], {"user": "What is that?"}], "contrast.positive.9.exchange.assistant"),
+        ([*exchanges("A cat")[:9], {"user": "What is that?", "assistant": ""}], "contrast.positive.9.exchange.assistant"),
+        (
+            [*exchanges("A cat")[:9], {"user": "?", "assistant": "A cat", "system": "Purr."}],
+            "contrast.positive.9.exchange.system",
+        ),
+        (exchanges("A dog"), "the same texts"),
+        (exchanges("kitten"), "8 texts are in both contrast and examples"),
+    ],
+)
+def test_exchanges_that_cannot_be_contrasted_are_refused(positive: list[Any], expected: str, tmp_path: Path) -> None:
+    assert expected in refusal(goal_file(tmp_path, contrast={"positive": positive, "negative": exchanges("A dog")}))
+
+
 def test_an_unknown_goal_is_refused_with_the_nearest_one() -> None:
     message = refusal("lodnon")
     assert message.startswith("unknown goal 'lodnon'; known: anger, christian")

@@ -1,0 +1,57 @@
+"""A worker that writes text and reads contrast texts, plain and in chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from saets.config import Experiment
+from saets.errors import InputError
+from saets.generation import SteeringWorker
+from saets.goal import contrast_tokens, load_goal
+from saets.tokens import encode
+from tests.test_goal import goal_file
+
+
+def exchanges(what: str) -> list[dict[str, str]]:
+    return [{"user": f"question {i}", "assistant": f"{what} {i}"} for i in range(10)]
+
+
+@pytest.fixture
+def chat_goal(tmp_path: Path) -> Any:
+    return load_goal(goal_file(tmp_path, contrast={"positive": exchanges("cat"), "negative": exchanges("dog")}))
+
+
+def residual(worker: SteeringWorker, tokens: list[int]) -> torch.Tensor:
+    """h_L [pos, d_model] of one text."""
+    hook = worker.experiment.hook_name
+    _, cache = worker.model.run_with_cache(torch.tensor([tokens]), names_filter=hook)
+    return cache[hook][0]
+
+
+def test_a_plain_contrast_text_is_averaged_over_all_tokens_bos_included(tiny_experiment: Experiment, tmp_path: Path) -> None:
+    worker, goal = SteeringWorker(tiny_experiment), load_goal(goal_file(tmp_path))
+    found = worker.contrast(goal)
+    assert found["positive"].shape == found["negative"].shape == (10, 32)
+    expected = residual(worker, encode(worker.model.tokenizer, "dog 3")).mean(0)
+    assert np.allclose(found["negative"][3], expected, atol=1e-5)
+
+
+def test_an_exchange_is_averaged_over_the_answer_which_follows_the_templates_prompt(
+    chat_experiment: Experiment, chat_goal: Any
+) -> None:
+    worker = SteeringWorker(chat_experiment)
+    tokenizer = worker.model.tokenizer
+    prompt, answer = encode(tokenizer, "question 3", "chat"), tokenizer.encode("dog 3", add_special_tokens=False)
+    assert contrast_tokens(tokenizer, chat_goal, "negative")[3] == ([*prompt, *answer], len(prompt))
+    expected = residual(worker, [*prompt, *answer])[-len(answer) :].mean(0)
+    assert np.allclose(worker.contrast(chat_goal)["negative"][3], expected, atol=1e-5)
+
+
+def test_exchanges_need_a_chat_template(chat_goal: Any, tiny: Any) -> None:
+    with pytest.raises(InputError, match="no chat template"):
+        contrast_tokens(tiny.tokenizer, chat_goal, "positive")
