@@ -22,6 +22,8 @@ FLOORS = (
     {
         "judge",
         "generation",
+        "reading",
+        "contrast",
         "rows",
         "effects",
         "sources",
