@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from saets.config import Experiment
+from saets.contrast import FeatureContrast, feature_contrast
 from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
 from saets.goal import SIDES, Goal, contrast_tokens
 from saets.hooks import blocks_below
 from saets.model import load_model
+from saets.reading import SKIPPED, FeatureReader
 from saets.records import Generation, GenerationItem
+from saets.sae import load_sae
 from saets.tokens import completion_text, encode
 
 TEXTS_PER_BATCH = 512
@@ -72,6 +77,19 @@ class SteeringWorker:
         """
         tokenizer = self.model.tokenizer
         return {side: np.stack([self._mean_residual(*text) for text in contrast_tokens(tokenizer, goal, side)]) for side in SIDES}
+
+    def feature_contrast(self, goal: Goal, *, skip_positions: int = SKIPPED) -> FeatureContrast:
+        """The goal's contrast texts in the features of the experiment's SAE, which is loaded when first asked for.
+
+        Raises:
+            InputError: see `load_sae` and `saets.contrast.feature_contrast`.
+        """
+        return feature_contrast(FeatureReader(self.engine.decoder, self.sae, skip_positions), self.model.tokenizer, goal)
+
+    @cached_property
+    def sae(self) -> Any:
+        """The experiment's SAE, where the residual stream at the hook is."""
+        return load_sae(self.experiment.sae, self.engine.decoder.d_model, self.engine.hook_device)
 
     def _mean_residual(self, text: list[int], start: int) -> NDArray[np.float32]:
         tokens = torch.tensor([text], device=self.engine.device)

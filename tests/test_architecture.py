@@ -22,6 +22,8 @@ FLOORS = (
     {
         "judge",
         "generation",
+        "reading",
+        "contrast",
         "rows",
         "effects",
         "sources",
@@ -35,7 +37,7 @@ FLOORS = (
         "published",
         "card",
     },
-    {"engine", "results", "approximator", "held_out", "methods"},
+    {"engine", "results", "approximator", "held_out", "methods", "rotation", "side_effects", "spectrum"},
     {"goal", "vector", "records", "terminal", "experiment", "config", "model_config"},
     {"tokens", "hooks", "prompts", "progress", "spool", "quiet", "shapes", "storage", "lock", "tensors", "hub", "errors"},
 )
