@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from saets.calibration_text import some_tokens
 from saets.config import Experiment
 from saets.contrast import FeatureContrast, feature_contrast
 from saets.engine.batch import Row
@@ -22,6 +23,9 @@ from saets.reading import SKIPPED, FeatureReader
 from saets.records import Generation, GenerationItem
 from saets.sae import load_sae
 from saets.tokens import completion_text, encode
+
+DENSITY_TOKENS = 8192
+"""Enough to tell a density of one in a hundred from one in fifty."""
 
 TEXTS_PER_BATCH = 512
 """Completions written together where `execution.rows` is `auto`."""
@@ -85,6 +89,12 @@ class SteeringWorker:
             InputError: see `load_sae` and `saets.contrast.feature_contrast`.
         """
         return feature_contrast(FeatureReader(self.engine.decoder, self.sae, skip_positions), self.model.tokenizer, goal)
+
+    def feature_density(self, *, skip_positions: int = SKIPPED) -> NDArray[np.float32]:
+        """Share of the calibration text's tokens on which each feature fires, [d_sae]; `DENSITY_TOKENS` of them."""
+        texts = some_tokens(self.model.tokenizer, self.experiment.effects, DENSITY_TOKENS)
+        density: NDArray[np.float32] = FeatureReader(self.engine.decoder, self.sae, skip_positions).density(texts).numpy()
+        return density
 
     @cached_property
     def sae(self) -> Any:

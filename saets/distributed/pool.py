@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from saets.config import Experiment
+from saets.contrast import FeatureContrast
 from saets.distributed.cluster import Cluster, actor_count, input_error
 from saets.generation import SteeringWorker
 from saets.goal import Goal
@@ -44,6 +45,12 @@ class SteeringActor:
 
     def contrast(self, goal: Goal) -> dict[str, NDArray[np.float32]]:
         return self.worker.contrast(goal)
+
+    def feature_contrast(self, goal: Goal) -> FeatureContrast:
+        return self.worker.feature_contrast(goal)
+
+    def feature_density(self) -> NDArray[np.float32]:
+        return self.worker.feature_density()
 
     def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
         if self._judge is None:
