@@ -65,6 +65,13 @@ def use_published(session: Session) -> None:
     pull_approximator(session)
 
 
+def use_published_rotation(session: Session) -> None:
+    """Fetch the rotation that was published with the run's approximator, where the experiment names one and it is not there."""
+    run, spec = session.run, _spec(session)
+    if spec.rotation is not None and _published(run) and not run.rotation.is_file():
+        _pull_rotation(session, spec, spec.rotation)
+
+
 def use_published_effects(session: Session) -> None:
     """Say that published effects are fitted instead of effects measured here, and have them in the run folder."""
     logger.warning(

@@ -7,7 +7,7 @@ from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.goal import Goal
 from saets.stages.ingredients import Ingredients, Shared, made_from, read_texts
-from saets.stages.pull import stands_in, use_published
+from saets.stages.pull import stands_in, use_published, use_published_rotation
 from saets.stages.session import Session
 from saets.vector import SteeringVector
 
@@ -18,15 +18,19 @@ Pair = tuple[str, str]
 def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
     """Vectors of every goal and method, in the experiment's order; those whose ingredients did not change are kept.
 
-    Where the run has no approximator and no effects, the one that the experiment names on the hub is fetched.
+    Where the run has no approximator and no effects, the one that the experiment names on the hub is fetched, and the rotation
+    that belongs to it where a method needs one.
 
     Raises:
         InputError: no approximator, features outside the SAE, a direction of length zero.
     """
     experiment, run = session.experiment, session.run
     goals = {goal.id: goal for goal in check_goals(experiment)}
-    if any(methods.needs(method, "approximator") for method in experiment.steering.methods) and stands_in(session):
+    needed = {name for method in experiment.steering.methods for name in methods.ingredients_of(method)}
+    if "approximator" in needed and stands_in(session):
         use_published(session)
+        if "Q" in needed:
+            use_published_rotation(session)
     wanted = {
         (name, method): _inputs(session, goal, method) for name, goal in goals.items() for method in experiment.steering.methods
     }
