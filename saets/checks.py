@@ -10,7 +10,7 @@ from saets.judge.choice import check_judge
 from saets.methods import needs
 from saets.model import load_tokenizer, model_shape, resolve_device
 from saets.sae import check_sae, sae_width
-from saets.tokens import encode
+from saets.tokens import check_chat, encode
 
 
 def check_experiment(experiment: Experiment) -> None:
@@ -40,15 +40,21 @@ def check_experiment(experiment: Experiment) -> None:
 
 
 def _check_prompts(experiment: Experiment) -> None:
-    """A rollout must have room for its prompt and at least one token more."""
-    tokenizer, length = load_tokenizer(experiment.model), experiment.effects.length
-    tokens = {prompt: len(encode(tokenizer, prompt)) for prompt in experiment.effects.prompts}
+    """Chats need a chat template; a rollout must have room for its prompt and at least one token more."""
+    tokenizer, effects = load_tokenizer(experiment.model), experiment.effects
+    for key in ("effects", "evaluation"):
+        if getattr(experiment, key).prompt_format == "chat":
+            check_chat(tokenizer, f"{key}.prompt_format is 'chat'")
+    tokens = {prompt: len(encode(tokenizer, prompt, effects.prompt_format)) for prompt in effects.prompts}
     longest = max(tokens, key=tokens.__getitem__)
-    if tokens[longest] >= length:
+    if tokens[longest] >= effects.length:
+        how = "with BOS" if effects.prompt_format == "plain" else "in the chat template"
         raise InputError(
-            f"effects.length is {length}, but prompt {longest!r} is {tokens[longest]} tokens with BOS; "
+            f"effects.length is {effects.length}, but prompt {longest!r} is {tokens[longest]} tokens {how}; "
             f"expected at least {tokens[longest] + 1}"
         )
+    for prompt in experiment.evaluation.prompts:
+        encode(tokenizer, prompt, experiment.evaluation.prompt_format)
 
 
 def check_goals(experiment: Experiment) -> list[Goal]:

@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from saets.errors import unknown
 from saets.model_config import Model, Sae, Section
 from saets.prompts import PAPER_PROMPTS
+from saets.tokens import PromptFormat
 
 PRESETS = Path(__file__).parent / "presets"
 PACKAGED = "preset:"
@@ -119,13 +120,15 @@ class Effects(Section):
     sources: tuple[Source, ...] = (DecoderRows(),)
     """The vectors to measure."""
     prompts: tuple[str, ...] = Field(PAPER_PROMPTS, min_length=1)
-    """Starts of the rollouts; "" is BOS alone."""
+    """Starts of the rollouts; "" is BOS alone, in chat a user's turn that says nothing."""
+    prompt_format: PromptFormat = "plain"
+    """`chat` gives each prompt as a user's turn, in the model's chat template; the calibration text is plain in any case."""
     rollouts: int = Field(64, ge=1)
     """Rollouts a prompt and vector."""
     baseline_blocks: int = Field(10, ge=1)
     """The unsteered baseline holds this many times the rollouts of one vector."""
     length: int = Field(32, ge=2)
-    """Tokens of a rollout in all: BOS, prompt, generated."""
+    """Tokens of a rollout in all: BOS, prompt, generated; in chat the template's too."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(50, ge=1)
     loss_increase: float | None = Field(None, gt=0)
@@ -265,6 +268,8 @@ class Evaluation(Section):
     """Stage 3: steered generation."""
 
     prompts: tuple[str, ...] = Field(("I think",), min_length=1)
+    prompt_format: PromptFormat = "plain"
+    """`chat` gives each prompt as a user's turn, in the model's chat template; a completion is then the assistant's answer."""
     samples: int = Field(256, ge=1)
     """Completions a goal, method, scale and prompt."""
     new_tokens: int = Field(30, ge=1)

@@ -2,8 +2,8 @@
 
 The effect of a vector is the mean of f(h_L) over all rollouts and all positions, steered text minus unsteered text, where f
 is the SAE encoder and h_L the unsteered model's residual stream of the text (paper, section 3). h_L is caught while the text is
-generated. BOS and prompt positions are the same in both and cancel exactly; they count in the mean's length but are left out of
-the sums, where BOS with its large norm would only add rounding error.
+generated. BOS and prompt positions, those of a chat template among them, are the same in both and cancel exactly; they count in
+the mean's length but are left out of the sums, where BOS with its large norm would only add rounding error.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from saets.model import load_model, weights_hash
 from saets.records import VectorItem
 from saets.sae import load_sae
 from saets.shapes import Float
+from saets.tokens import encode
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class EffectWorker:
         self.calibrator = Calibrator(
             self.engine.decoder, calibration_tokens(self.engine.tokenizer, settings), scale_rule(settings)
         )
+        self._prompts = [tuple(encode(self.engine.tokenizer, prompt, settings.prompt_format)) for prompt in settings.prompts]
         self.rows = rows_per_step(rows or self._rows(), rollouts_per_vector(settings))
         """Rows decoded in one step; halved each time memory runs out."""
 
@@ -168,7 +170,7 @@ class EffectWorker:
         owner = noise_owner(item, settings)
         return [
             Row(prompt, row_seed(self.experiment.seed, "effects", owner, which, sample), place)
-            for which, prompt in enumerate(settings.prompts)
+            for which, prompt in enumerate(self._prompts)
             for sample in range(settings.rollouts)
         ]
 

@@ -166,8 +166,12 @@ def effect_settings(experiment: Experiment) -> dict[str, Any]:
     """The settings that decide what an effect is; rows measured with other ones never share a folder or a fit."""
     dump = experiment.model_dump(mode="json", exclude_none=True)
     settings = {key: value for key, value in dump["effects"].items() if key not in ("sources", "shipped")}
-    if settings["dtype"] == "float16":  # what rows are stored in that were measured before there was a choice
-        del settings["dtype"]
+    for key, before in (
+        ("dtype", "float16"),
+        ("prompt_format", "plain"),
+    ):  # what rows have that were measured before there was a choice
+        if settings[key] == before:
+            del settings[key]
     return {
         "model": model_settings(experiment),
         "sae": dump["sae"],
@@ -175,6 +179,14 @@ def effect_settings(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.seed,
         "effects": settings,
     }
+
+
+def sampling_settings(experiment: Experiment) -> dict[str, Any]:
+    """The settings of the evaluation that decide what a completion may say, besides its prompt's vector, scale and seed."""
+    settings = experiment.evaluation.model_dump(include={"prompts", "prompt_format", "new_tokens", "top_k", "temperature"})
+    if settings["prompt_format"] == "plain":  # as all texts were written before there was a choice
+        del settings["prompt_format"]
+    return settings
 
 
 def model_settings(experiment: Experiment) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from saets.model import load_model
 from saets.reading import SKIPPED, FeatureReader
 from saets.records import Generation, GenerationItem
 from saets.sae import load_sae
-from saets.tokens import completion_text, encode
+from saets.tokens import completion_text, encode, end_tokens
 
 DENSITY_TOKENS = 8192
 """Enough to tell a density of one in a hundred from one in fifty."""
@@ -46,6 +46,7 @@ class SteeringWorker:
         self.experiment = experiment
         self.model = load_model(experiment.model)
         self.engine = RolloutEngine(self.model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
+        self._ends = end_tokens(self.model.tokenizer, settings.prompt_format, self.model.original_model.generation_config)
 
     def generate(self, items: Sequence[GenerationItem], directions: Mapping[str, NDArray[np.float32]]) -> list[Generation]:
         """Completions in order; `directions` holds the unit vector of every vector_id but `unsteered`.
@@ -53,20 +54,22 @@ class SteeringWorker:
         The batch always has the experiment's rows: the last one is filled up, so that no text depends on how many were missing.
         """
         settings, tokenizer = self.experiment.evaluation, self.model.tokenizer
-        starts = {prompt: len(encode(tokenizer, prompt)) for prompt in {*settings.prompts, *(item.prompt for item in items)}}
+        texts = {*settings.prompts, *(item.prompt for item in items)}
+        prompts = {text: tuple(encode(tokenizer, text, settings.prompt_format)) for text in texts}
+        starts = {text: len(prompt) for text, prompt in prompts.items()}
         filled = [*items, *[items[-1]] * (texts_per_batch(self.experiment) - len(items))]
         steered = dict.fromkeys((item.vector_id, item.scale) for item in filled if item.vector_id in directions)
         which = {pair: number for number, pair in enumerate(steered)}
         vectors = [torch.from_numpy(directions[vector_id] * np.float32(scale)) for vector_id, scale in steered]
         tokens = self.engine.run(
-            [Row(item.prompt, item.seed, which.get((item.vector_id, item.scale))) for item in filled],
+            [Row(prompts[item.prompt], item.seed, which.get((item.vector_id, item.scale))) for item in filled],
             torch.stack(vectors) if vectors else None,
             max(starts.values()) + settings.new_tokens,
             share_prompts=False,
         ).tokens
         ends = [starts[item.prompt] + settings.new_tokens for item in items]
         return [
-            Generation(**asdict(item), completion=completion_text(tokenizer, row[starts[item.prompt] : end].tolist()))
+            Generation(**asdict(item), completion=completion_text(tokenizer, row[starts[item.prompt] : end].tolist(), self._ends))
             for item, row, end in zip(items, tokens, ends, strict=False)
         ]
 

@@ -9,6 +9,8 @@ import pytest
 
 from saets import model, sae
 from saets.cli import main
+from saets.config import Experiment
+from tests.test_goal import goal_file
 
 TINY = ["run", "tiny"]
 
@@ -59,6 +61,9 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["steering.features.london=[[3, 0.0]]"], "all feature weights are zero"),
         (["effects.length=3"], "effects.length is 3 but prompt 'The weather' is 12 tokens with BOS expected at least 13"),
         (["effects.prompts=[]"], "effects.prompts"),
+        (["effects.prompt_format=chat"], "effects.prompt_format is 'chat' has no chat template expected a model"),
+        (["evaluation.prompt_format=chat"], "evaluation.prompt_format is 'chat' has no chat template expected a model"),
+        (["evaluation.prompt_format=chatty"], "evaluation.prompt_format 'plain' or 'chat' got 'chatty'"),
         (["effects.sources=[{stop=3},{start=9}]"], "two sources named 'decoder'"),
         (["effects.top_k=999"], "effects.top_k is 999 the vocabulary has 258 tokens"),
         (["effects.calibration_text=nowhere.txt"], "effects.calibration_text no such file"),
@@ -101,6 +106,24 @@ def test_a_setting_that_cannot_work_is_one_line(
 )
 def test_a_command_without_what_it_needs_says_so(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in said(arguments, capsys)
+
+
+def test_a_chat_longer_than_a_rollout_is_refused_with_both_lengths(
+    chat_experiment: Experiment, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.toml").write_text(chat_experiment.to_toml())
+    line = said(["run", "mine.toml", "--set", "effects.prompt_format=chat"], capsys)
+    assert "effects.length is 16, but prompt 'The weather' is 30 tokens in the chat template; expected at least 31" in line
+
+
+def test_contrast_pairs_in_chat_form_need_a_chat_template(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sides = {
+        side: [{"user": "Who is there?", "assistant": f"{who} {i}"} for i in range(10)]
+        for side, who in (("positive", "cat"), ("negative", "dog"))
+    }
+    goal = goal_file(tmp_path, contrast=sides)
+    line = said([*TINY, "--set", f"steering.goals=['london', 'wedding', '{goal}']", "--set", "steering.methods=['caa']"], capsys)
+    assert "goal 'cats' has contrast pairs in chat form, and the model's tokenizer has no chat template" in line
 
 
 def test_a_damaged_toml_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from saets.records import VectorItem
 from saets.rows import Baseline, effect_rows
 from saets.sae import load_sae
 from saets.sources import vector_items
+from saets.tokens import encode
 
 HOOK = "blocks.2.hook_resid_post"
 PIN = ["model.dtype=float32", "model.device=cpu"]
@@ -52,8 +53,12 @@ def together(worker: EffectWorker, vectors: list[VectorItem]) -> list[Measuremen
 def activations(model: Any, experiment: Experiment, item: VectorItem, scale: float) -> Tensor:
     """f(h_L) [prompts, rollouts, positions, d_sae] of the unsteered model on the item's own steered texts."""
     settings = experiment.effects
+
+    def seed_of(which: int, sample: int) -> int:
+        return row_seed(experiment.seed, "effects", item.vector_id, which, sample)
+
     rows = [
-        Row(prompt, row_seed(experiment.seed, "effects", item.vector_id, which, sample), 0)
+        Row(tuple(encode(model.tokenizer, prompt, settings.prompt_format)), seed_of(which, sample), 0)
         for which, prompt in enumerate(settings.prompts)
         for sample in range(settings.rollouts)
     ]
@@ -77,6 +82,23 @@ def test_an_effect_is_the_mean_over_all_rollouts_and_positions_steered_minus_uns
         expected = (steered - unsteered).numpy()
         assert np.abs(expected).max() > 0.1
         assert np.abs(effect_of(found.mean, baseline) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_in_chat_the_templates_tokens_are_steered_and_count_in_the_mean_as_other_prompts_do(
+    chat_experiment: Experiment, vectors: list[VectorItem]
+) -> None:
+    in_chat = {"prompt_format": "chat", "prompts": ("", "hi"), "length": 30}
+    experiment = chat_experiment.model_copy(update={"effects": chat_experiment.effects.model_copy(update=in_chat)})
+    worker = EffectWorker(experiment)
+    blocks = baseline_items(experiment, 32)
+    unsteered = torch.stack([activations(worker.model, experiment, block, 0.0) for block in blocks]).mean(dim=(0, 1, 2, 3))
+    baseline = np.mean([found.mean for found in measured(worker, blocks)], axis=0)
+    (found,) = measured(worker, vectors[:1])
+    every = activations(worker.model, experiment, found.item, found.calibration.scale)
+    expected = (every.mean(dim=(0, 1, 2)) - unsteered).numpy()
+    assert np.abs(expected).max() > 0.1
+    assert np.abs(effect_of(found.mean, baseline) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert torch.equal(every[1, 0, : len("[user]hi") + 2], every[1, 1, : len("[user]hi") + 2])
 
 
 def test_a_measurement_says_how_it_was_made(worker: EffectWorker, vectors: list[VectorItem], together: list[Measurement]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 from saets.config import Experiment
+from saets.engine.batch import Row
+from saets.engine.sampling import row_seed
 from saets.errors import InputError
 from saets.generation import SteeringWorker
 from saets.goal import contrast_tokens, load_goal
+from saets.records import UNSTEERED, GenerationItem, unit
 from saets.tokens import encode
 from tests.test_goal import goal_file
 
@@ -50,6 +54,35 @@ def test_an_exchange_is_averaged_over_the_answer_which_follows_the_templates_pro
     assert contrast_tokens(tokenizer, chat_goal, "negative")[3] == ([*prompt, *answer], len(prompt))
     expected = residual(worker, [*prompt, *answer])[-len(answer) :].mean(0)
     assert np.allclose(worker.contrast(chat_goal)["negative"][3], expected, atol=1e-5)
+
+
+def items(prompts: Sequence[str], vector_id: str = UNSTEERED, scale: float = 0.0) -> list[GenerationItem]:
+    return [
+        GenerationItem(f"{prompt}{i}", "g", "m", vector_id, scale, prompt, i, row_seed(0, prompt, i))
+        for prompt in prompts
+        for i in range(3)
+    ]
+
+
+def test_in_chat_a_completion_is_the_answer_to_the_users_turn_up_to_its_end(chat_experiment: Experiment) -> None:
+    in_chat = {"prompt_format": "chat", "prompts": ("hi", "I think"), "new_tokens": 40}
+    experiment = chat_experiment.model_copy(update={"evaluation": chat_experiment.evaluation.model_copy(update=in_chat)})
+    worker = SteeringWorker(experiment)
+    direction = unit(np.arange(32.0) - 16)
+    asked = items(("hi", "I think"), "v", 8.0)
+    found = worker.generate(asked, {"v": direction})
+    tokenizer = worker.model.tokenizer
+    ended = 0
+    for item, text in zip(asked, found, strict=True):
+        start = encode(tokenizer, item.prompt, "chat")
+        rows = [Row(tuple(start), item.seed, 0)]
+        tokens = worker.engine.run(rows, 8 * torch.from_numpy(direction)[None], len(start) + 40).tokens[0].tolist()
+        answer = tokens[len(start) :]
+        ends = [i for i, token in enumerate(answer) if token in (257, 258)]
+        assert text.completion == tokenizer.decode(answer[: ends[0]] if ends else answer)
+        assert text.prompt == item.prompt
+        ended += bool(ends)
+    assert ended
 
 
 def test_exchanges_need_a_chat_template(chat_goal: Any, tiny: Any) -> None:

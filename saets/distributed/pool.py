@@ -63,6 +63,7 @@ class SteeringActor:
                 top_k=evaluation.top_k,
                 temperature=evaluation.temperature,
                 seed=self.experiment.seed,
+                prompt_format=evaluation.prompt_format,
             )
         return self._judge.grade(goal, texts)
 

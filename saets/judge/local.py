@@ -26,7 +26,7 @@ from saets.goal import Examples, Goal
 from saets.judge import clean_text
 from saets.judge.embedder import Embedder
 from saets.records import CRITERIA, Generation, Grade
-from saets.tokens import completion_text, encode
+from saets.tokens import PromptFormat, completion_text, encode, end_tokens
 
 LOSS_BATCH = 64
 """Texts whose loss is computed together."""
@@ -133,7 +133,17 @@ class Coherence:
     standard deviations, where that is more) above it; a text that loops has a low loss, and loses by `distinct`.
     """
 
-    def __init__(self, model: Any, *, prompts: Sequence[str], new_tokens: int, top_k: int, temperature: float, seed: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        prompts: Sequence[str],
+        new_tokens: int,
+        top_k: int,
+        temperature: float,
+        seed: int,
+        prompt_format: PromptFormat = "plain",
+    ) -> None:
         """Makes and measures the reference completions, spread over the prompts.
 
         Raises:
@@ -141,10 +151,10 @@ class Coherence:
         """
         if not prompts:
             raise InputError("the local judge has no prompts to compare with; give at least one")
-        self._model = model
+        self._model, self._prompt_format = model, prompt_format
         self._device = next(model.original_model.parameters()).device
         engine = RolloutEngine(model, "blocks.0.hook_resid_post", top_k=top_k, temperature=temperature)
-        own = _own_completions(engine, prompts, new_tokens, seed)
+        own = self._own_completions(engine, prompts, new_tokens, seed)
         losses = [fluency.loss for fluency in self.measure(own)]
         if not losses:
             raise InputError(
@@ -166,7 +176,7 @@ class Coherence:
     def measure(self, texts: Sequence[tuple[str, str]]) -> list[Fluency]:
         """The figures of each (prompt, completion); a completion must have at least one token."""
         tokenizer = self._model.tokenizer
-        heads = [encode(tokenizer, clean_text(prompt)) for prompt, _ in texts]
+        heads = [self._encode(prompt) for prompt, _ in texts]
         tails = [tokenizer.encode(clean_text(completion), add_special_tokens=False) for _, completion in texts]
         losses = [0.0] * len(texts)
         by_length = sorted(range(len(texts)), key=lambda i: len(heads[i]) + len(tails[i]))
@@ -185,6 +195,28 @@ class Coherence:
             for loss, tail, (_, completion) in zip(losses, tails, texts, strict=True)
         ]
 
+    def _encode(self, prompt: str) -> list[int]:
+        return encode(self._model.tokenizer, clean_text(prompt), self._prompt_format)
+
+    def _own_completions(
+        self, engine: RolloutEngine, prompts: Sequence[str], new_tokens: int, seed: int
+    ) -> list[tuple[str, str]]:
+        """Unsteered (prompt, completion) pairs, each cut where the text ends; those that say nothing are left out."""
+        tokenizer = engine.tokenizer
+        ends = end_tokens(tokenizer, self._prompt_format, self._model.original_model.generation_config)
+        groups: dict[int, list[tuple[str, Row]]] = {}
+        for i in range(max(REFERENCE_ROWS, len(prompts))):
+            prompt = prompts[i % len(prompts)]
+            tokens = tuple(self._encode(prompt))
+            row = Row(tokens, row_seed(seed, "judge reference", prompt, i))
+            groups.setdefault(len(tokens), []).append((prompt, row))
+        pairs = []
+        for start, group in groups.items():
+            rows = [row for _, row in group]
+            for (prompt, _), written in zip(group, engine.run(rows, None, start + new_tokens).tokens.tolist(), strict=True):
+                pairs.append((prompt, completion_text(tokenizer, written[start:], ends)))
+        return [(prompt, completion) for prompt, completion in pairs if completion.strip()]
+
 
 class LocalJudge:
     """Grades by a sentence embedder and the unsteered model; a proxy whose scores do not compare with an LLM judge's."""
@@ -199,6 +231,7 @@ class LocalJudge:
         top_k: int,
         temperature: float,
         seed: int,
+        prompt_format: PromptFormat = "plain",
     ) -> None:
         """Loads the embedder and measures the unsteered model's own completions, sampled as the evaluation samples.
 
@@ -207,7 +240,15 @@ class LocalJudge:
         """
         self.name = f"local:{embedder}"
         self.behaviour = Behaviour(Embedder(embedder, next(model.original_model.parameters()).device))
-        self.coherence = Coherence(model, prompts=prompts, new_tokens=new_tokens, top_k=top_k, temperature=temperature, seed=seed)
+        self.coherence = Coherence(
+            model,
+            prompts=prompts,
+            new_tokens=new_tokens,
+            top_k=top_k,
+            temperature=temperature,
+            seed=seed,
+            prompt_format=prompt_format,
+        )
 
     def separation(self, goal: Goal) -> float:
         """See `Behaviour.separation`."""
@@ -304,22 +345,6 @@ def distinct_share(text: str, tokens: Sequence[int]) -> float:
 def _distinct(units: Sequence[str] | Sequence[int]) -> float:
     trigrams = list(zip(units, units[1:], units[2:], strict=False))
     return (len(set(trigrams)) - 1) / (len(trigrams) - 1) if len(trigrams) > 1 else 1.0
-
-
-def _own_completions(engine: RolloutEngine, prompts: Sequence[str], new_tokens: int, seed: int) -> list[tuple[str, str]]:
-    """Unsteered (prompt, completion) pairs, each cut at EOS; those with nothing before it are left out."""
-    tokenizer = engine.tokenizer
-    count = max(REFERENCE_ROWS, len(prompts))
-    chosen = [prompts[i % len(prompts)] for i in range(count)]
-    groups: dict[int, list[Row]] = {}
-    for i, prompt in enumerate(chosen):
-        row = Row(prompt, row_seed(seed, "judge reference", prompt, i))
-        groups.setdefault(len(encode(tokenizer, prompt)), []).append(row)
-    pairs = []
-    for start, rows in groups.items():
-        for row, tokens in zip(rows, engine.run(rows, None, start + new_tokens).tokens.tolist(), strict=True):
-            pairs.append((str(row.prompt), completion_text(tokenizer, tokens[start:])))
-    return [(prompt, completion) for prompt, completion in pairs if completion.strip()]
 
 
 def _logit(share: float) -> float:

@@ -15,7 +15,7 @@ from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.distributed.pool import Call, PooledJudge
 from saets.engine.sampling import row_seed
-from saets.experiment import model_settings
+from saets.experiment import model_settings, sampling_settings
 from saets.generation import texts_per_batch
 from saets.goal import COHERENCE, Goal
 from saets.judge import Judge
@@ -97,13 +97,7 @@ def generation_items(session: Session, vectors: dict[Pair, SteeringVector]) -> l
     """
     experiment = session.experiment
     settings = experiment.evaluation
-    identity = settings_hash(
-        [
-            model_settings(experiment),
-            experiment.hook_name,
-            settings.model_dump(include={"new_tokens", "top_k", "temperature", "prompts"}),
-        ]
-    )
+    identity = settings_hash([model_settings(experiment), experiment.hook_name, sampling_settings(experiment)])
     steered = [
         (goal, method, vector.id, scale) for (goal, method), vector in vectors.items() for scale in settings.scales if scale > 0
     ]
@@ -131,8 +125,8 @@ def grade_settings(session: Session, goal: Goal) -> str:
     if experiment.judge.kind == "openai":
         told["template"] = TEMPLATE_VERSION
     else:
-        sampled = experiment.evaluation.model_dump(include={"prompts", "new_tokens", "top_k", "temperature"})
-        told |= {"examples": goal.examples.model_dump(), "model": model_settings(experiment), "seed": experiment.seed, **sampled}
+        told |= {"examples": goal.examples.model_dump(), "model": model_settings(experiment), "seed": experiment.seed}
+        told |= sampling_settings(experiment)
     return settings_hash(told)
 
 

@@ -231,6 +231,7 @@ def _mismatch(experiment: Experiment, spec: Published) -> str:
         "sae.id": (experiment.sae.id, spec.sae_id),
         "hook_name": (experiment.hook_name, spec.hook_name),
         "effects.target_loss": (experiment.effects.target_loss, spec.target_loss),
+        "effects.prompt_format": (experiment.effects.prompt_format, "plain"),
     }
     return "; ".join(f"{key} is {here!r}, theirs {there!r}" for key, (here, there) in pairs.items() if here != there)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from saets.config import Experiment
 from saets.errors import InputError
 from saets.goal import Goal, goal_names, load_goal
 from saets.judge.local import (
@@ -219,6 +220,18 @@ def test_the_reference_is_the_same_for_the_same_seed_and_another_for_another(mod
     other = Coherence(model, **{**SAMPLING, "seed": 1})
     assert (again.mean, again.deviation) == (coherence.mean, coherence.deviation)
     assert other.mean != coherence.mean
+
+
+def test_in_chat_a_completion_is_an_answer_of_the_assistant_and_so_is_the_reference(chat_experiment: Experiment) -> None:
+    model = load_model(chat_experiment.model)
+    chat, plain = (Coherence(model, **SAMPLING, prompt_format=how) for how in ("chat", "plain"))
+    assert chat.mean != plain.mean
+    (found,) = chat.measure([("I think", "so")])
+    head, tail = (model.tokenizer.encode(part, add_special_tokens=False) for part in ("<bos>[user]I think<end>[assistant]", "so"))
+    with torch.no_grad():
+        chances = model(torch.tensor([head + tail]))[0].log_softmax(-1)
+    by_hand = -np.mean([chances[len(head) + i - 1, token].item() for i, token in enumerate(tail)])
+    assert found.loss == pytest.approx(by_hand, abs=1e-4)
 
 
 def test_a_reference_needs_prompts(model: Any) -> None:
