@@ -11,6 +11,7 @@ import torch
 
 from saets import methods
 from saets.approximator import EffectApproximator
+from saets.checks import check_vector
 from saets.config import Experiment
 from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
@@ -61,7 +62,8 @@ class Run:
         if not target.any():
             raise InputError("give at least one feature with a weight that is not zero")
         made = methods.sae_ts(target, self.approximator, bias_weight=bias_weight)
-        return SteeringVector.from_tensor(made, self.experiment.hook_name, method="sae_ts", features=dict(features))
+        facts = {"model": self.experiment.model.name, "method": "sae_ts", "features": dict(features)}
+        return SteeringVector.from_tensor(made, self.experiment.hook_name, **facts)
 
     def complete(
         self,
@@ -78,10 +80,10 @@ class Run:
         The same seed gives the same noise at every scale and for every vector.
 
         Raises:
-            InputError: the vector belongs to another hook or another width of model.
+            InputError: the vector belongs to another model or hook.
         """
-        if vector is not None and vector.hook_name != self.experiment.hook_name:
-            raise InputError(f"the vector is for {vector.hook_name}; this run steers at {self.experiment.hook_name}")
+        if vector is not None:
+            check_vector(self.experiment, vector)
         settings = self.experiment.evaluation
         engine = RolloutEngine(self.model, self.experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
         added = None if vector is None else scale * vector.direction[None]

@@ -119,6 +119,7 @@ def test_the_hooks_are_gone_afterwards_also_after_an_exception(tiny: Any) -> Non
     logits = tiny(TOKENS)
     with vector().applied(tiny, 30.0):
         assert hooked(tiny)
+        tiny(TOKENS)
     assert not hooked(tiny)
     with pytest.raises(RuntimeError, match="on purpose"), vector().applied(tiny, 30.0):
         raise RuntimeError("on purpose")
