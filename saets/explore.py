@@ -19,6 +19,7 @@ from saets.engine.sampling import row_seed
 from saets.errors import InputError
 from saets.experiment import load_experiment
 from saets.model import load_model
+from saets.positions import EVERYWHERE
 from saets.storage import Where
 from saets.store import RunFolder
 from saets.tokens import completion_text, encode
@@ -75,7 +76,7 @@ class Run:
         new_tokens: int = 30,
         seed: int = 0,
     ) -> list[str]:
-        """Completions (new text only), steered at every position, BOS included, by `scale` x the vector, or unsteered.
+        """Completions (new text only), steered by `scale` x the vector at the vector's positions, or unsteered.
 
         The same seed gives the same noise at every scale and for every vector.
 
@@ -90,7 +91,8 @@ class Run:
         start = len(encode(self.model.tokenizer, prompt))
         which = None if vector is None else 0
         rows = [Row(prompt, row_seed(seed, "complete", prompt, sample), which) for sample in range(samples)]
-        tokens = engine.run(rows, added, start + new_tokens).tokens
+        positions = EVERYWHERE if vector is None else vector.positions
+        tokens = engine.run(rows, added, start + new_tokens, positions=positions).tokens
         return [completion_text(self.model.tokenizer, row[start:].tolist()) for row in tokens]
 
     def forecast(self, vector: SteeringVector, *, top: int = 10, features: Sequence[int] = ()) -> pl.DataFrame:
