@@ -48,9 +48,9 @@ def _export(options: argparse.Namespace) -> None:
     if options.to == "gguf":
         how = f"--control-vector-scaled {path}:SCALE" if scaled.scale == 1 else f"--control-vector {path}"
         console.print(f"llama.cpp adds it at every position with {how}", markup=False)
-    scales = vector.provenance.get("scales")
-    if scales and scaled.scale == 1:
-        console.print(f"scales recommended by calibration: {scales['low']:.3g} to {scales['high']:.3g}", markup=False)
+    high = vector.provenance.get("scales", {}).get("high")
+    if high and scaled.scale == 1:
+        console.print(f"calibration recommends scales up to {high:.3g}", markup=False)
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from saets.experiment import model_settings
 from saets.goal import Features, Goal, goal_features
 from saets.model import model_shape
 from saets.sae import load_sae
+from saets.stages.provenance import provenance, recommended_scales
 from saets.stages.pull import stands_in, use_published
 from saets.stages.session import Session
 from saets.vector import SteeringVector
@@ -31,10 +32,11 @@ Pair = tuple[str, str]
 def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
     """Vectors of every goal and method, in the experiment's order; those whose ingredients did not change are kept.
 
-    Where the run has no approximator and no effects, the one that the experiment names on the hub is fetched.
+    Where the run has no approximator and no effects, the one that the experiment names on the hub is fetched. New vectors are
+    calibrated: their files say between which scales they are of use.
 
     Raises:
-        InputError: no approximator, features outside the SAE, a direction of length zero.
+        InputError: no approximator, features outside the SAE, a direction of length zero, or see `Calibrator`.
     """
     experiment, run = session.experiment, session.run
     goals = {goal.id: goal for goal in check_goals(experiment)}
@@ -58,11 +60,12 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
             made = methods.build(
                 method, Ingredients(goals[name], session, contrasts.get(name, {}), approximator, W_dec), **options
             )
-            facts = {"model": experiment.model.name, "goal": name, "method": method, "options": options}
-            vector = SteeringVector.from_tensor(made, experiment.hook_name, **facts, inputs=wanted[name, method])
-            vector.save(run.vector(name, method))
-            built[name, method] = vector
+            facts = provenance(session, goals[name], method, options)
+            built[name, method] = SteeringVector.from_tensor(made, experiment.hook_name, **facts, inputs=wanted[name, method])
             advance(1)
+    for (pair, vector), scales in zip(built.items(), recommended_scales(session, list(built.values())), strict=True):
+        built[pair] = replace(vector, provenance={**vector.provenance, "scales": scales})
+        built[pair].save(run.vector(*pair))
     vectors = {pair: built.get(pair) or kept[pair] for pair in wanted}
     run.update_stage("vectors", {f"{goal}--{method}": vector.id for (goal, method), vector in vectors.items()})
     return vectors
