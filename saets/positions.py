@@ -45,7 +45,8 @@ class Positions:
         Raises:
             InputError: anything else.
         """
-        if not isinstance(value, dict) or value.keys() != {"where", "bos"} or not isinstance(value["bos"], bool):
+        known = isinstance(value, dict) and value.keys() == {"where", "bos"} and value["where"] in get_args(Part)
+        if not known or not isinstance(value["bos"], bool):
             raise InputError(f"positions are {value!r}; expected where (all, prompt or generated) and bos (true or false)")
         return cls(value["where"], value["bos"])
 

@@ -121,7 +121,7 @@ class SteeringVector:
         with steered(model, self.hook_name, scale * self.direction, self.positions):
             yield model
 
-    def __mul__(self, factor: float) -> ScaledVector:
+    def __mul__(self, factor: int | float) -> ScaledVector:
         return ScaledVector(self, 1.0) * factor
 
     __rmul__ = __mul__
@@ -176,7 +176,7 @@ class ScaledVector:
             raise InputError(f"{path} holds a unit vector without a scale; use 60 * SteeringVector.load(...), or another scale")
         return cls(vector, float(scale))
 
-    def __mul__(self, factor: float) -> ScaledVector:
+    def __mul__(self, factor: int | float) -> ScaledVector:
         if not isinstance(factor, int | float):
             return NotImplemented
         if factor < 0 and self.scale > 0:
