@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
 import json
-import pickle
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +24,7 @@ from torch import Tensor
 from saets.errors import InputError, unknown
 from saets.hooks import HOOK_PATTERN, blocks_below
 from saets.positions import EVERYWHERE, Positions
+from saets.published import load_pt
 from saets.storage import Location, Where, locate
 from saets.vector import FORMAT, ScaledVector, SteeringVector
 
@@ -94,6 +93,8 @@ def import_vector(path: Where, choice: Choice | None = None) -> ScaledVector:
     try:
         return IMPORTS[ending](location, choice or Choice())
     except InputError as error:
+        if location.name in str(error):
+            raise
         raise InputError(f"{location.name}: {error}") from error
 
 
@@ -172,14 +173,8 @@ def from_safetensors(location: Location, choice: Choice) -> ScaledVector:
 
 def from_pt(location: Location, choice: Choice) -> ScaledVector:
     """A tensor, or one of a dict of tensors, as `torch.save` writes them; nothing in the file is run."""
-    try:
-        found = torch.load(io.BytesIO(location.read_bytes()), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            "it is damaged, or holds more than tensors and would run code when read; save the tensor alone"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
-        raise InputError(f"it cannot be read as a .pt file: {str(error).splitlines()[0]}") from error
+    with _on_disk(location) as path:
+        found = load_pt(path)
     tensors = {"": found} if isinstance(found, Tensor) else found
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"it holds a {type(found).__name__}; expected a tensor, or a dict of tensors")
