@@ -11,6 +11,7 @@ import torch
 
 from saets import methods
 from saets.approximator import EffectApproximator
+from saets.checks import check_vector
 from saets.config import Experiment
 from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
@@ -18,6 +19,7 @@ from saets.engine.sampling import row_seed
 from saets.errors import InputError
 from saets.experiment import load_experiment
 from saets.model import load_model
+from saets.positions import EVERYWHERE
 from saets.storage import Where
 from saets.store import RunFolder
 from saets.tokens import completion_text, encode
@@ -61,7 +63,8 @@ class Run:
         if not target.any():
             raise InputError("give at least one feature with a weight that is not zero")
         made = methods.sae_ts(target, self.approximator, bias_weight=bias_weight)
-        return SteeringVector.from_tensor(made, self.experiment.hook_name, method="sae_ts", features=dict(features))
+        facts = {"model": self.experiment.model.name, "method": "sae_ts", "features": dict(features)}
+        return SteeringVector.from_tensor(made, self.experiment.hook_name, **facts)
 
     def complete(
         self,
@@ -73,22 +76,23 @@ class Run:
         new_tokens: int = 30,
         seed: int = 0,
     ) -> list[str]:
-        """Completions (new text only), steered at every position, BOS included, by `scale` x the vector, or unsteered.
+        """Completions (new text only), steered by `scale` x the vector at the vector's positions, or unsteered.
 
         The same seed gives the same noise at every scale and for every vector.
 
         Raises:
-            InputError: the vector belongs to another hook or another width of model.
+            InputError: the vector belongs to another model or hook.
         """
-        if vector is not None and vector.hook_name != self.experiment.hook_name:
-            raise InputError(f"the vector is for {vector.hook_name}; this run steers at {self.experiment.hook_name}")
+        if vector is not None:
+            check_vector(self.experiment, vector)
         settings = self.experiment.evaluation
         engine = RolloutEngine(self.model, self.experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
         added = None if vector is None else scale * vector.direction[None]
         start = len(encode(self.model.tokenizer, prompt))
         which = None if vector is None else 0
         rows = [Row(prompt, row_seed(seed, "complete", prompt, sample), which) for sample in range(samples)]
-        tokens = engine.run(rows, added, start + new_tokens).tokens
+        positions = EVERYWHERE if vector is None else vector.positions
+        tokens = engine.run(rows, added, start + new_tokens, positions=positions).tokens
         return [completion_text(self.model.tokenizer, row[start:].tolist()) for row in tokens]
 
     def forecast(self, vector: SteeringVector, *, top: int = 10, features: Sequence[int] = ()) -> pl.DataFrame:

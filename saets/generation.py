@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saets.calibration_text import some_tokens
+from saets.calibration_text import calibration_tokens, some_tokens
 from saets.config import Experiment
 from saets.contrast import FeatureContrast, feature_contrast
+from saets.effects import scale_rule
 from saets.engine.batch import Row
+from saets.engine.calibration import Calibrator, ScaleRange
 from saets.engine.rollout import RolloutEngine
 from saets.goal import SIDES, Goal, contrast_tokens
 from saets.hooks import blocks_below
@@ -47,6 +49,16 @@ class SteeringWorker:
         self.model = load_model(experiment.model)
         self.engine = RolloutEngine(self.model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
         self._ends = end_tokens(self.model.tokenizer, settings.prompt_format, self.model.original_model.generation_config)
+
+    @cached_property
+    def calibrator(self) -> Calibrator:
+        """Finds scales on the experiment's calibration text, as those of measured vectors were found."""
+        settings = self.experiment.effects
+        return Calibrator(self.engine.decoder, calibration_tokens(self.model.tokenizer, settings), scale_rule(settings))
+
+    def scale_range(self, direction: NDArray[np.float32]) -> ScaleRange:
+        """The scales between which a unit vector is of use. Raises `InputError`: see `Calibrator`."""
+        return self.calibrator.ranges([torch.from_numpy(direction)])[0]
 
     def generate(self, items: Sequence[GenerationItem], directions: Mapping[str, NDArray[np.float32]]) -> list[Generation]:
         """Completions in order; `directions` holds the unit vector of every vector_id but `unsteered`.

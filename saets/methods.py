@@ -157,7 +157,7 @@ METHODS: dict[str, Method] = {
 assert tuple(METHODS) == METHOD_IDS
 
 KEEPS_LENGTH = ("pinverse_raw",)
-"""Methods whose vector is not brought to unit length: at scale s they add s times it, as the released code does."""
+"""Methods whose vector the released code leaves at its own length: a scale there adds so many times the vector."""
 
 
 def build(method: str, ingredients: Any, **options: Any) -> Tensor:

@@ -36,10 +36,25 @@ FLOORS = (
         "plots",
         "published",
         "card",
+        "formats",
     },
-    {"engine", "results", "approximator", "held_out", "methods", "rotation", "side_effects", "spectrum"},
-    {"goal", "vector", "records", "terminal", "experiment", "config", "model_config"},
-    {"tokens", "hooks", "prompts", "progress", "spool", "quiet", "shapes", "storage", "lock", "tensors", "hub", "errors"},
+    {"engine", "steering", "vector", "results", "approximator", "held_out", "methods", "rotation", "side_effects", "spectrum"},
+    {"goal", "records", "terminal", "experiment", "config", "model_config"},
+    {
+        "tokens",
+        "hooks",
+        "positions",
+        "prompts",
+        "progress",
+        "spool",
+        "quiet",
+        "shapes",
+        "storage",
+        "lock",
+        "tensors",
+        "hub",
+        "errors",
+    },
 )
 """From the door down to the ground; a module imports from its own floor and from floors below."""
 

@@ -296,6 +296,8 @@ def test_every_method_makes_its_vector_from_the_files_of_the_run(
     solution = torch.linalg.lstsq(M.T.double(), (target - b).double()[:, None], driver="gelsd", rcond=24 * 1.2e-7).solution[:, 0]
     for method in ("pinverse", "pinverse_raw"):
         assert torch.allclose(vectors[method], unit(solution), atol=1e-3)
+    raw = SteeringVector.load(out / "vectors" / "london--pinverse_raw.safetensors")
+    assert raw.provenance["raw_length"] == pytest.approx(solution.norm().item(), rel=1e-3)
     assert torch.allclose(vectors["rotation"], unit(unit(procrustes(W_dec, M) @ W_dec[3]) - 0.5 * bias), atol=1e-5)
     blocks = RunFolder(out).baseline.read()
     assert blocks is not None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from saets.config import Experiment
 from saets.contrast import FeatureContrast
 from saets.distributed.cluster import Cluster, actor_count, input_error
+from saets.engine.calibration import ScaleRange
 from saets.generation import SteeringWorker
 from saets.goal import Goal
 from saets.judge.local import LocalJudge
@@ -51,6 +52,9 @@ class SteeringActor:
 
     def feature_density(self) -> NDArray[np.float32]:
         return self.worker.feature_density()
+
+    def scale_range(self, direction: NDArray[np.float32]) -> ScaleRange:
+        return self.worker.scale_range(direction)
 
     def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
         if self._judge is None:

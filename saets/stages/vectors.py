@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from saets import methods
 from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.goal import Goal
 from saets.stages.ingredients import Ingredients, Shared, made_from, read_texts
+from saets.stages.provenance import provenance, recommended_scales
 from saets.stages.pull import stands_in, use_published, use_published_rotation
 from saets.stages.session import Session
 from saets.vector import SteeringVector
@@ -19,10 +22,10 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
     """Vectors of every goal and method, in the experiment's order; those whose ingredients did not change are kept.
 
     Where the run has no approximator and no effects, the one that the experiment names on the hub is fetched, and the rotation
-    that belongs to it where a method needs one.
+    that belongs to it where a method needs one. New vectors are calibrated: their files say between which scales they are of use.
 
     Raises:
-        InputError: no approximator, features outside the SAE, a direction of length zero.
+        InputError: no approximator, features outside the SAE, a direction of length zero, or see `Calibrator`.
     """
     experiment, run = session.experiment, session.run
     goals = {goal.id: goal for goal in check_goals(experiment)}
@@ -45,11 +48,14 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
         for name, method in todo:
             options = methods.options_of(method, settings)
             made = methods.build(method, Ingredients(goals[name], session, shared, read.get(name, {})), **options)
-            facts = {"model": experiment.model.name, "goal": name, "method": method, "options": options}
-            vector = SteeringVector.from_tensor(made, experiment.hook_name, **facts, inputs=wanted[name, method])
-            vector.save(run.vector(name, method))
-            built[name, method] = vector
+            facts = provenance(session, goals[name], method, options)
+            if method in methods.KEEPS_LENGTH:
+                facts["raw_length"] = made.norm().item()
+            built[name, method] = SteeringVector.from_tensor(made, experiment.hook_name, **facts, inputs=wanted[name, method])
             advance(1)
+    for (pair, vector), scales in zip(built.items(), recommended_scales(session, list(built.values())), strict=True):
+        built[pair] = replace(vector, provenance={**vector.provenance, "scales": scales})
+        built[pair].save(run.vector(*pair))
     vectors = {pair: built.get(pair) or kept[pair] for pair in wanted}
     run.update_stage("vectors", {f"{goal}--{method}": vector.id for (goal, method), vector in vectors.items()})
     return vectors
