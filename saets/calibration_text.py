@@ -22,7 +22,7 @@ def calibration_tokens(tokenizer: Any, settings: Effects) -> Int[Tensor, "chunks
     """
     length = settings.calibration_length
     chunks: list[list[int]] = []
-    for passage in _passages(settings.calibration_text):
+    for passage in passages(settings.calibration_text):
         bos, *tokens = encode(tokenizer, passage)
         for at in range(0, len(tokens) - length + 2, length - 1):
             chunks.append([bos, *tokens[at : at + length - 1]])
@@ -34,7 +34,12 @@ def calibration_tokens(tokenizer: Any, settings: Effects) -> Int[Tensor, "chunks
     )
 
 
-def _passages(source: str) -> Iterable[str]:
+def passages(source: str) -> Iterable[str]:
+    """The passages of a calibration text, a file or a dataset.
+
+    Raises:
+        InputError: it is missing.
+    """
     if source.startswith(DATASET):
         return _dataset(source.removeprefix(DATASET))
     path = packaged(source)
