@@ -50,21 +50,31 @@ class FeatureContrast:
         return self.positive - self.negative
 
 
+def contrast_tokens(tokenizer: Any, goal: Goal, skip_positions: int) -> list[list[int]]:
+    """Tokens of the positive, then of the negative texts, BOS first; needs no weights.
+
+    Raises:
+        InputError: a text with no token after the skipped positions.
+    """
+    texts = [text for side in (goal.contrast.positive, goal.contrast.negative) for text in side]
+    tokens = [encode(tokenizer, text) for text in texts]
+    shortest = min(range(len(texts)), key=lambda i: len(tokens[i]))
+    if len(tokens[shortest]) <= skip_positions:
+        raise InputError(
+            f"goal {goal.id!r}: contrast text {texts[shortest]!r} has {len(tokens[shortest])} tokens with BOS, and the first "
+            f"{skip_positions} are skipped; give a longer text or skip fewer positions"
+        )
+    return tokens
+
+
 @torch.no_grad()
 def feature_contrast(reader: FeatureReader, tokenizer: Any, goal: Goal) -> FeatureContrast:
     """Every feature on the goal's contrast texts, the residual stream unsteered.
 
     Raises:
-        InputError: a text with no token after the skipped positions.
+        InputError: see `contrast_tokens`.
     """
-    sides = [goal.contrast.positive, goal.contrast.negative]
-    texts = [encode(tokenizer, text) for side in sides for text in side]
-    shortest = min(texts, key=len)
-    if len(shortest) <= reader.skip_positions:
-        raise InputError(
-            f"goal {goal.id!r}: contrast text {(*sides[0], *sides[1])[texts.index(shortest)]!r} has {len(shortest)} tokens with "
-            f"BOS, and the first {reader.skip_positions} are skipped; give a longer text or skip fewer positions"
-        )
+    texts = contrast_tokens(tokenizer, goal, reader.skip_positions)
     means = np.empty((len(texts), reader.d_sae), np.float32)
     fired, early, total = np.zeros((3, reader.d_sae))
     for read in reader.read(texts):

@@ -20,7 +20,7 @@ from saets.errors import InputError
 from saets.goal import Goal, goal_names, load_goal
 from saets.model_config import Sae
 from saets.progress import Progress
-from saets.reading import FeatureReader, Read
+from saets.reading import FeatureReader
 from saets.shapes import Float, Int
 from saets.tokens import encode
 
@@ -73,21 +73,22 @@ def shipped_cards(spec: Sae) -> Cards | None:
 
 def survey(reader: FeatureReader, tokenizer: Any, texts: Sequence[Sequence[int]], progress: Progress) -> Cards:
     """The cards of all features on texts of tokens, BOS first, of which the skipped positions do not count."""
-    nothing = torch.zeros(reader.d_sae, CONTEXTS)
-    peaks, fired, counted = Peaks(nothing, nothing.long(), nothing.long()), torch.zeros(reader.d_sae), 0
+    nothing = torch.zeros(reader.d_sae, CONTEXTS, device=reader.decoder.hook_device)
+    peaks, fired, counted = Peaks(nothing, nothing.long(), nothing.long()), nothing[:, 0].clone(), 0
     with progress.stage("reading the corpus", len(texts), 0, "texts") as advance:
         for read in reader.read(texts):
-            own = (read.acts * read.counted[:, :, None]).cpu()
-            peaks = peaks.among(own, read)
+            own = read.acts * read.counted[:, :, None]
+            peaks = peaks.with_texts(read.texts, own)
             fired += (own > 0).sum((0, 1))
             counted += int(read.counted.sum())
             advance(len(read.texts))
+    peaks = Peaks(*(part.cpu() for part in peaks))
 
     def contexts(feature: int) -> list[Context]:
         found = zip(*(part[feature].tolist() for part in peaks), strict=True)
         return [Context(value, *_around(tokenizer, texts[text], at)) for value, text, at in found if value > 0]
 
-    return Cards((fired / max(counted, 1)).numpy(), contexts, f"a corpus of {counted} tokens")
+    return Cards((fired / max(counted, 1)).cpu().numpy(), contexts, f"a corpus of {counted} tokens")
 
 
 class Peaks(NamedTuple):
@@ -97,10 +98,10 @@ class Peaks(NamedTuple):
     text: Int[Tensor, "d_sae contexts"]
     position: Int[Tensor, "d_sae contexts"]
 
-    def among(self, acts: Float[Tensor, "texts pos d_sae"], read: Read) -> Peaks:
-        """The largest of these and of the activations of more texts."""
+    def with_texts(self, numbers: Sequence[int], acts: Float[Tensor, "texts pos d_sae"]) -> Peaks:
+        """The largest of these and of the activations of more texts, which have these numbers."""
         value, position = acts.max(dim=1)
-        text = torch.tensor(read.texts)[:, None].expand_as(position)
+        text = torch.tensor(numbers, device=acts.device)[:, None].expand_as(position)
         kept = torch.cat([self.value, value.T], 1).topk(self.value.shape[1], dim=1)
         texts, positions = torch.cat([self.text, text.T], 1), torch.cat([self.position, position.T], 1)
         return Peaks(kept.values, texts.gather(1, kept.indices), positions.gather(1, kept.indices))

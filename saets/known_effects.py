@@ -74,7 +74,7 @@ class KnownEffects:
 
     def measured(self, rows: Mapping[int, Float[Tensor, " d_model"]]) -> dict[int, KnownEffect]:
         """Effects of the decoder rows (by feature) that have been measured, at their calibrated scale."""
-        wanted = {vector_id(unit(row.float().cpu().numpy())): feature for feature, row in rows.items()}
+        wanted = {vector_id(unit(row.float().cpu().numpy())): feature for feature, row in rows.items() if row.any()}
         found: dict[int, KnownEffect] = {}
         for folder in self.folders:
             newest = dict(_measured(folder.effects.folder, wanted))
@@ -104,14 +104,26 @@ class KnownEffects:
             found[feature] = KnownEffect.of(feature, self.approximator.predict(vector).numpy())
         return found
 
-    @functools.cached_property
+    @property
     def approximator(self) -> EffectApproximator | None:
-        """The run's, else one fitted to the sums that are shipped; None where there is neither."""
+        """What predicts; None where there is nothing."""
+        return self._predictor[0]
+
+    @property
+    def predicted_by(self) -> str:
+        """What predicts, in words."""
+        return self._predictor[1]
+
+    @functools.cached_property
+    def _predictor(self) -> tuple[EffectApproximator | None, str]:
+        """The run's approximator, else a fit to the sums that are shipped."""
         for folder in self.folders:
             if folder.approximator.is_file():
-                return EffectApproximator.load(folder.approximator)
-        penalties = self.experiment.fit.penalties
-        return next((_fitted(folder, penalties) for folder in self.folders if folder.moments.is_file()), None)
+                return EffectApproximator.load(folder.approximator), f"the approximator of {folder.path}"
+        for folder in self.folders:
+            if folder.moments.is_file() and (fitted := _fitted(folder, self.experiment.fit.penalties)):
+                return fitted, "a fit to the shipped effects"
+        return None, "nothing"
 
 
 def _same(folder: RunFolder, settings: Mapping[str, object]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,10 @@ def test_a_feature_has_a_page_where_saelens_or_its_folder_names_one(folder: Path
     assert neuronpedia_link(own.model_copy(update={"path": str(tmp_path)}), 3) == "https://www.neuronpedia.org/mine/2-res/3"
 
 
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("weights were read before the bad input was found")
+
+
 def command(folder: Path, *words: str) -> int:
     return main(["features", str(folder / "planted.toml"), "--out", str(folder / "run"), *words])
 
@@ -238,15 +243,34 @@ def test_chosen_features_are_shown_and_saved_as_csv(folder: Path, capsys: pytest
 def test_what_cannot_work_is_said_before_weights_are_read(
     folder: Path, words: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("weights were read before the bad input was found")
-
     monkeypatch.setattr("saets.explore.load_model", refuse)
     monkeypatch.setattr("saets.features.load_sae", refuse)
     assert command(folder, *words) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("positive", "message"),
+    [
+        (POSITIVE[:3], "contrast.positive: .*at least 10 items"),
+        (NEGATIVE, "the same texts; nothing would be left to steer"),
+        (("x", *POSITIVE[1:]), "'x' has 2 tokens with BOS.*skip fewer positions"),
+    ],
+)
+def test_contrast_texts_that_cannot_tell_features_apart_are_refused_before_weights_are_read(
+    folder: Path,
+    positive: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "poor.toml").write_text(goal_toml().replace(json.dumps(list(POSITIVE)), json.dumps(list(positive))))
+    monkeypatch.setattr("saets.explore.load_model", refuse)
+    assert command(folder, "--goal", str(tmp_path / "poor.toml")) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_run_finds_features_in_a_notebook(folder: Path) -> None:

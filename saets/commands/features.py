@@ -58,8 +58,10 @@ def add(commands: Commands) -> None:
 
 
 def _features(options: argparse.Namespace) -> None:
+    from saets.contrast import contrast_tokens
     from saets.features import FeatureFinder, check_ids
     from saets.goal import load_goal
+    from saets.model import load_tokenizer
     from saets.sae import sae_width
 
     if bool(options.goal) == bool(options.feature):
@@ -70,6 +72,8 @@ def _features(options: argparse.Namespace) -> None:
     search = _search(options)
     run = opened_run(options)
     check_ids(options.feature, sae_width(run.experiment.sae))
+    if goal:
+        contrast_tokens(load_tokenizer(run.experiment.model), goal, search.skip_positions)
     with shown_progress(errors, options.progress) as progress:
         finder = FeatureFinder(run.experiment, run.model, run.folder, search=search, goal=goal, progress=progress)
         found = finder.for_goal(goal) if goal else finder.describe(options.feature)
@@ -79,7 +83,7 @@ def _features(options: argparse.Namespace) -> None:
         for line in _card(row):
             console.print(line)
     console.print()
-    console.print(Text(f"Densities and contexts: {finder.cards.source}. {_effects(found)}"))
+    console.print(Text(f"Densities and contexts: {finder.cards.source}. {_effects(found, finder.known.predicted_by)}"))
     if options.save:
         locate(options.save).write_bytes(_file(found, options.save))
     name, first = (goal.id if goal else "GOAL"), found["feature"][0]
@@ -110,16 +114,20 @@ def _table(found: pl.DataFrame) -> Table:
 def _card(row: dict[str, Any]) -> Iterator[Text]:
     """The lines below the table for one feature; texts of the model are never read as markup."""
     yield Text(f"{row['feature']}", style="bold").append(f"  {row['link']}" if row["link"] else "", style="not bold")
-    yield Text("  own top tokens     ").append(_tokens(row["own_tokens"]))
-    yield Text("  boosting raises    ").append(_tokens(row["raised_tokens"]))
+    yield _label("own top tokens").append(_tokens(row["own_tokens"]))
+    yield _label("boosting raises").append(_tokens(row["raised_tokens"]))
     for kind in ("measured", "predicted"):
         if row[f"{kind}_others"] is not None:
             moved = ", ".join(f"{one['feature']} {one['effect']:+.2f}" for one in row[f"{kind}_others"])
-            yield Text(f"  {f'also moves ({kind})':<23}{moved}")
+            yield _label(f"also moves ({kind})").append(moved)
     for context in row["contexts"]:
         yield _context(context)
     if not row["contexts"]:
         yield Text("  fires nowhere in this text")
+
+
+def _label(text: str) -> Text:
+    return Text(f"  {text:<24}")
 
 
 def _context(context: dict[str, Any]) -> Text:
@@ -140,9 +148,9 @@ def _one_line(text: str) -> str:
     return "".join(one if one.isprintable() else "\\n" if one == "\n" else " " for one in text)
 
 
-def _effects(found: pl.DataFrame) -> str:
+def _effects(found: pl.DataFrame, predicted_by: str) -> str:
     """What the effect columns are, where there are any."""
-    kinds = {"measured": "measured: its own decoder row", "predicted": "predicted: SAE-TS for it alone"}
+    kinds = {"measured": "measured: its decoder row", "predicted": f"predicted: SAE-TS for it alone, by {predicted_by}"}
     there = [text for name, text in kinds.items() if found[f"{name}_others"].null_count() < len(found)]
     return f"Effect on the feature itself: {'; '.join(there) or 'not known for any of these'}."
 
