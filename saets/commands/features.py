@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from saets.features import Search
+    from saets.goal import Goal
 
 FIRES = ">>", "<<"
 """Around the token on which a feature fires; it is also set in bold."""
@@ -77,6 +78,8 @@ def _features(options: argparse.Namespace) -> None:
     with shown_progress(errors, options.progress) as progress:
         finder = FeatureFinder(run.experiment, run.model, run.folder, search=search, goal=goal, progress=progress)
         found = finder.for_goal(goal) if goal else finder.describe(options.feature)
+    if options.save:
+        locate(options.save).write_bytes(_file(found, options.save))
     console.print(_table(found))
     for row in found.iter_rows(named=True):
         console.print()
@@ -84,13 +87,13 @@ def _features(options: argparse.Namespace) -> None:
             console.print(line)
     console.print()
     console.print(Text(f"Densities and contexts: {finder.cards.source}. {_effects(found, finder.known.predicted_by)}"))
-    if options.save:
-        locate(options.save).write_bytes(_file(found, options.save))
-    name, first = (goal.id if goal else "GOAL"), found["feature"][0]
-    named = f" --set 'steering.goals=[\"{options.goal}\"]'" if goal else ""
-    console.print(
-        Text(f"To steer by one: saets run {options.experiment}{named} --set 'steering.features.{name}=[[{first}, 1.0]]'")
-    )
+    console.print(Text(f"To steer by one: saets run {options.experiment}{_settings(options.goal, goal, found['feature'][0])}"))
+
+
+def _settings(named: str | None, goal: Goal | None, feature: int) -> str:
+    """Options that make a feature the goal's target; a goal may be named by its file."""
+    goals = f" --set 'steering.goals=[\"{named}\"]'" if goal else ""
+    return f"{goals} --set 'steering.features.{goal.id if goal else 'GOAL'}=[[{feature}, 1.0]]'"
 
 
 def _search(options: argparse.Namespace) -> Search:
@@ -140,7 +143,7 @@ def _context(context: dict[str, Any]) -> Text:
 
 
 def _tokens(tokens: list[str]) -> str:
-    return " ".join(repr(_one_line(token)) for token in tokens)
+    return " ".join(map(repr, tokens))
 
 
 def _one_line(text: str) -> str:
