@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from saets.errors import InputError
 from saets.goal import SIDES, Goal, contrast_tokens
 from saets.reading import FeatureReader
+from saets.shapes import Int
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,42 @@ class FeatureContrast:
         return self.positive - self.negative
 
 
-@torch.no_grad()
-def feature_contrast(reader: FeatureReader, tokenizer: Any, goal: Goal) -> FeatureContrast:
-    """Every feature on the goal's contrast texts, the residual stream unsteered; of exchanges the answers alone count.
+class ContrastTexts(NamedTuple):
+    """The positive, then the negative texts as tokens."""
+
+    tokens: list[list[int]]
+    """BOS first, or the chat template's own beginning."""
+    first: Int[Tensor, " texts"]
+    """The first position of each that counts."""
+
+
+def contrast_texts(tokenizer: Any, goal: Goal, skip_positions: int) -> ContrastTexts:
+    """The goal's contrast texts without their first `skip_positions`; needs no weights.
 
     Raises:
         InputError: a text with no token after the skipped positions; exchanges, and a tokenizer without a chat template.
     """
     texts, starts = zip(*(found for side in SIDES for found in contrast_tokens(tokenizer, goal, side)), strict=True)
-    first = torch.tensor(starts).clamp(min=reader.skip_positions)
-    lengths = torch.tensor([len(text) for text in texts])
-    if (lengths <= first).any():
-        short = int((lengths - first).argmin())
+    first = torch.tensor(starts).clamp(min=skip_positions)
+    left = torch.tensor([len(text) for text in texts]) - first
+    if (left <= 0).any():
+        short = int(left.argmin())
         raise InputError(
             f"goal {goal.id!r}: contrast text {(*goal.contrast.positive, *goal.contrast.negative)[short]!r} has "
             f"{len(texts[short])} tokens with BOS, and the first {int(first[short])} are skipped; give a longer text or skip "
             "fewer positions"
         )
+    return ContrastTexts(list(texts), first)
+
+
+@torch.no_grad()
+def feature_contrast(reader: FeatureReader, tokenizer: Any, goal: Goal) -> FeatureContrast:
+    """Every feature on the goal's contrast texts, the residual stream unsteered; of exchanges the answers alone count.
+
+    Raises:
+        InputError: see `contrast_texts`.
+    """
+    texts, first = contrast_texts(tokenizer, goal, reader.skip_positions)
     means = np.empty((len(texts), reader.d_sae), np.float32)
     fired, early, total = np.zeros((3, reader.d_sae))
     for read in reader.read(texts):
@@ -76,7 +97,7 @@ def feature_contrast(reader: FeatureReader, tokenizer: Any, goal: Goal) -> Featu
         at_start = (read.acts * read.early[:, :, None]).sum((0, 1)).cpu().numpy()
         early += at_start
         total += at_start + own.sum((0, 1)).cpu().numpy()
-    counted = int((lengths - first).sum())
+    counted = sum(map(len, texts)) - int(first.sum())
     share = np.divide(early, total, out=np.zeros_like(early), where=total > 0)
     pairs = len(goal.contrast.positive)
     return FeatureContrast(means[:pairs], means[pairs:], (fired / counted).astype(np.float32), share.astype(np.float32))

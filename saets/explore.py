@@ -1,4 +1,4 @@
-"""A finished run to play with, in a notebook or from `saets steer` and `saets forecast`: no Ray, nothing written."""
+"""A run to play with, in a notebook or from `saets steer`, `forecast` and `features`: no Ray, nothing written."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
 from saets.experiment import load_experiment
+from saets.features import FeatureFinder, Search
+from saets.goal import load_goal
 from saets.model import load_model
 from saets.positions import EVERYWHERE
 from saets.storage import Where
@@ -104,3 +106,11 @@ class Run:
         largest = predicted.abs().argsort(descending=True)[: top + len(features)].tolist()
         order = list(dict.fromkeys([*features, *largest]))[: top + len(features)]
         return pl.DataFrame({"feature": order, "predicted": predicted[order].tolist()})
+
+    def features(self, goal: str, search: Search | None = None) -> pl.DataFrame:
+        """Features of the SAE for a goal (packaged, or a goal file), best first: see `saets.features.FeatureFinder.for_goal`.
+
+        The run need hold nothing; effects and an approximator that it holds are shown.
+        """
+        wanted = load_goal(goal)
+        return FeatureFinder(self.experiment, self.model, self.folder, search=search, goal=wanted).for_goal(wanted)

@@ -11,23 +11,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saets.calibration_text import calibration_tokens, some_tokens
+from saets.calibration_text import calibration_tokens, passages
 from saets.config import Experiment
 from saets.contrast import FeatureContrast, feature_contrast
 from saets.effects import scale_rule
 from saets.engine.batch import Row
 from saets.engine.calibration import Calibrator, ScaleRange
 from saets.engine.rollout import RolloutEngine
+from saets.feature_cards import pieces, shipped_cards, survey
 from saets.goal import SIDES, Goal, contrast_tokens
 from saets.hooks import blocks_below
 from saets.model import load_model
+from saets.progress import Silent
 from saets.reading import SKIPPED, FeatureReader
 from saets.records import Generation, GenerationItem
 from saets.sae import load_sae
 from saets.tokens import completion_text, encode, end_tokens
 
 DENSITY_TOKENS = 8192
-"""Enough to tell a density of one in a hundred from one in fifty."""
+"""Of the calibration text: enough to tell a density of one in a hundred from one in fifty."""
 
 TEXTS_PER_BATCH = 512
 """Completions written together where `execution.rows` is `auto`."""
@@ -105,11 +107,18 @@ class SteeringWorker:
         """
         return feature_contrast(FeatureReader(self.engine.decoder, self.sae, skip_positions), self.model.tokenizer, goal)
 
-    def feature_density(self, *, skip_positions: int = SKIPPED) -> NDArray[np.float32]:
-        """Share of the calibration text's tokens on which each feature fires, [d_sae]; `DENSITY_TOKENS` of them."""
-        texts = some_tokens(self.model.tokenizer, self.experiment.effects, DENSITY_TOKENS)
-        density: NDArray[np.float32] = FeatureReader(self.engine.decoder, self.sae, skip_positions).density(texts).numpy()
-        return density
+    def feature_density(self) -> NDArray[np.float32]:
+        """Share of tokens on which each feature fires, [d_sae]: as shipped with the SAE, else on the calibration text.
+
+        Raises:
+            InputError: no calibration text.
+        """
+        cards = shipped_cards(self.experiment.sae)
+        if cards is None:
+            tokenizer, reader = self.model.tokenizer, FeatureReader(self.engine.decoder, self.sae)
+            text = passages(self.experiment.effects.calibration_text)
+            cards = survey(reader, tokenizer, pieces(tokenizer, text, DENSITY_TOKENS), Silent())
+        return cards.density
 
     @cached_property
     def sae(self) -> Any:

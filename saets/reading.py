@@ -68,14 +68,6 @@ class FeatureReader:
             some, order = order[:taken], order[taken:]
             yield self._pass(some, [texts[i] for i in some])
 
-    def density(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, " d_sae"]:
-        """Share of the texts' tokens, without the skipped positions, on which each feature fires."""
-        fired, counted = torch.zeros(self.d_sae, dtype=torch.float64), 0
-        for read in self.read(texts):
-            fired += (read.acts[read.counted] > 0).sum(0).cpu()
-            counted += int(read.counted.sum())
-        return (fired / max(counted, 1)).float()
-
     def _pass(self, numbers: list[int], texts: Sequence[Sequence[int]]) -> Read:
         longest = max(map(len, texts))
         tokens = torch.tensor([[*text, *[text[0]] * (longest - len(text))] for text in texts])

@@ -7,6 +7,7 @@ Shapes, said once: `encode` maps the residual stream [..., d_model] to feature a
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,32 @@ def sae_width(spec: Sae) -> int | None:
         d_sae = _folder_config(spec).get("d_sae")
         return int(d_sae) if d_sae is not None else None
     return spec.d_sae if spec.loader == "random" else None
+
+
+def neuronpedia_link(spec: Sae, feature: int) -> str | None:
+    """Page of a feature on neuronpedia.org, by SAELens' table or the config in the SAE's folder; None where there is none."""
+    name = None
+    if spec.loader == "folder":
+        name = (_folder_config(spec).get("metadata") or {}).get("neuronpedia_id")
+    elif spec.loader == "release":
+        name = _listed_neuronpedia_id(str(spec.release), str(spec.id))
+    return f"https://www.neuronpedia.org/{name}/{feature}" if name else None
+
+
+@functools.cache
+def _listed_neuronpedia_id(release: str, sae_id: str) -> str | None:
+    """Id of an SAE of SAELens' table, or of another entry of the table that has the same weights."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    table = get_pretrained_saes_directory()
+    if release not in table or sae_id not in table[release].saes_map:
+        return None
+    weights = table[release].repo_id, table[release].saes_map[sae_id]
+    for entry in (table[release], *table.values()):
+        for name, path in entry.saes_map.items():
+            if (entry.repo_id, path) == weights and entry.neuronpedia_id.get(name):
+                return entry.neuronpedia_id[name]
+    return None
 
 
 def describe_sae(spec: Sae) -> str:
