@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from saets.errors import InputError
 from saets.generation import SteeringWorker
 from saets.goal import contrast_tokens, load_goal
 from saets.records import UNSTEERED, GenerationItem, unit
+from saets.stages.evaluate import generation_items
 from saets.tokens import encode
+from saets.vector import SteeringVector
 from tests.test_goal import goal_file
 
 
@@ -88,3 +91,16 @@ def test_in_chat_a_completion_is_the_answer_to_the_users_turn_up_to_its_end(chat
 def test_exchanges_need_a_chat_template(chat_goal: Any, tiny: Any) -> None:
     with pytest.raises(InputError, match="no chat template"):
         contrast_tokens(tiny.tokenizer, chat_goal, "positive")
+
+
+def test_a_vector_left_at_its_own_length_is_tried_at_so_much_larger_scales(tiny_experiment: Experiment) -> None:
+    direction = torch.nn.functional.normalize(torch.ones(32), dim=0)
+    unit, raw = (SteeringVector(direction, "blocks.2.hook_resid_post", facts) for facts in ({}, {"raw_length": 1.5}))
+    session: Any = SimpleNamespace(experiment=tiny_experiment)
+    items = generation_items(session, {("london", "pinverse"): unit, ("london", "pinverse_raw"): raw})
+    scales = {method: {item.scale for item in items if item.method == method} for method in ("pinverse", "pinverse_raw")}
+    assert scales == {"pinverse": {8.0, 16.0}, "pinverse_raw": {12.0, 24.0}}
+    assert len({item.generation_id for item in items}) == len(items)
+    seeds = {method: [item.seed for item in items if item.method == method] for method in scales}
+    assert seeds["pinverse"] == seeds["pinverse_raw"], "noise is shared between methods"
+'''
