@@ -103,4 +103,3 @@ def test_a_vector_left_at_its_own_length_is_tried_at_so_much_larger_scales(tiny_
     assert len({item.generation_id for item in items}) == len(items)
     seeds = {method: [item.seed for item in items if item.method == method] for method in scales}
     assert seeds["pinverse"] == seeds["pinverse_raw"], "noise is shared between methods"
-'''
