@@ -56,7 +56,8 @@ class SteeringVector:
     @property
     def model(self) -> str | None:
         """Name of the model that it was made for, where that is known."""
-        return self.provenance.get("model")
+        name = self.provenance.get("model")
+        return name if isinstance(name, str) else None
 
     @classmethod
     def from_tensor(cls, vector: Float[Tensor, " d_model"], hook_name: str, **provenance: Any) -> SteeringVector:

