@@ -11,6 +11,7 @@ from saets.methods import needs
 from saets.model import load_tokenizer, model_shape, resolve_device
 from saets.sae import check_sae, sae_width
 from saets.tokens import check_chat, encode
+from saets.vector import SteeringVector
 
 
 def check_experiment(experiment: Experiment) -> None:
@@ -82,6 +83,29 @@ def check_goals(experiment: Experiment) -> list[Goal]:
                 if feature < 0 or (width is not None and feature >= width):
                     raise InputError(f"goal {goal.id!r} names feature {feature}; the SAE has features 0 to {(width or 0) - 1}")
     return goals
+
+
+def check_vector(experiment: Experiment, vector: SteeringVector, *, force: bool = False) -> None:
+    """Raise `InputError` where a vector has another width, or, without `force`, is of another model or hook."""
+    d_model = model_shape(experiment.model)[0]
+    if len(vector.direction) != d_model:
+        raise InputError(
+            f"the vector has {len(vector.direction)} numbers, the residual stream of {experiment.model.name} has {d_model}; it "
+            "belongs to another model"
+        )
+    if force:
+        return
+    model = vector.provenance.get("model")
+    if model and model != experiment.model.name:
+        raise InputError(
+            f"the vector was made for {model}, and this experiment steers {experiment.model.name}; give --force if they are one "
+            "model"
+        )
+    if vector.hook_name != experiment.hook_name:
+        raise InputError(
+            f"the vector is for {vector.hook_name}, and this experiment steers at {experiment.hook_name}; give --force to add it "
+            "there all the same"
+        )
 
 
 def check_all(experiment: Experiment, *, judged: bool = True) -> list[Goal]:

@@ -18,7 +18,7 @@ FLOORS = (
     {"commands"},
     {"pipeline"},
     {"stages"},
-    {"checks", "doctor", "explore", "distributed"},
+    {"checks", "doctor", "explore", "forecast", "distributed"},
     {
         "judge",
         "generation",
@@ -31,12 +31,16 @@ FLOORS = (
         "sae",
         "store",
         "measured",
+        "shipped",
+        "fitted",
+        "evidence",
+        "one_effect",
         "plots",
         "published",
         "card",
     },
-    {"engine", "results", "approximator", "held_out", "methods"},
-    {"goal", "vector", "records", "terminal", "experiment", "config", "model_config"},
+    {"engine", "results", "approximator", "leverage", "held_out", "methods"},
+    {"goal", "vector", "labels", "records", "terminal", "experiment", "config", "model_config"},
     {"tokens", "hooks", "prompts", "progress", "spool", "quiet", "shapes", "storage", "lock", "tensors", "hub", "errors"},
 )
 """From the door down to the ground; a module imports from its own floor and from floors below."""
