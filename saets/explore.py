@@ -11,20 +11,27 @@ import torch
 
 from saets import methods
 from saets.approximator import EffectApproximator
+from saets.calibration_text import calibration_tokens
 from saets.checks import check_vector
 from saets.config import Experiment
+from saets.effects import scale_rule
 from saets.engine.batch import Row
+from saets.engine.calibration import Calibration, Calibrator
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
-from saets.errors import InputError
+from saets.evidence import Evidence, evidence
 from saets.experiment import load_experiment
 from saets.features import FeatureFinder, Search
+from saets.fitted import Fitted, fitted
+from saets.forecast import Agreement, agreement, check_features, effect_table, target_weights
 from saets.goal import load_goal
+from saets.labels import feature_labels
 from saets.model import load_model
+from saets.one_effect import MeasuredEffect, measure_vector
 from saets.positions import EVERYWHERE
 from saets.storage import Where
 from saets.store import RunFolder
-from saets.tokens import completion_text, encode
+from saets.tokens import PromptFormat, completion_text, encode, end_tokens
 from saets.vector import SteeringVector
 
 
@@ -35,6 +42,7 @@ class Run:
         """`path` is a local path or a URI. Raises `InputError` where the folder holds no experiment."""
         self.folder = RunFolder(path)
         self.experiment = experiment or load_experiment(self.folder.path)
+        self._measured: dict[str, MeasuredEffect] = {}
 
     @cached_property
     def model(self) -> Any:
@@ -42,9 +50,31 @@ class Run:
         return load_model(self.experiment.model)
 
     @cached_property
+    def engine(self) -> RolloutEngine:
+        """Decodes as the evaluation samples."""
+        settings = self.experiment.evaluation
+        return RolloutEngine(self.model, self.experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
+
+    @cached_property
+    def fit(self) -> Fitted:
+        """The approximator and what is known of its fit. Raises `InputError`: see `fitted`."""
+        return fitted(self.folder, self.experiment)
+
+    @property
     def approximator(self) -> EffectApproximator:
-        """The fitted map from vectors to effects."""
-        return EffectApproximator.load(self.folder.approximator)
+        """The fitted map from vectors to effects: the run's, else one made of the effects that come with the experiment."""
+        return self.fit.approximator
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """What stands behind the approximator's predictions. Raises `InputError`: see `evidence`."""
+        return evidence(self.folder, self.experiment, self.fit)
+
+    @cached_property
+    def _calibrator(self) -> Calibrator:
+        settings = self.experiment.effects
+        tokens = calibration_tokens(self.model.tokenizer, settings)
+        return Calibrator(self.engine.decoder, tokens, scale_rule(settings))
 
     def vector(self, goal: str, method: str) -> SteeringVector:
         """The vector that `saets vectors` wrote for a goal and method."""
@@ -54,19 +84,16 @@ class Run:
         """The SAE-TS vector for chosen features: {feature id: weight}; `bias_weight` is the paper's lambda (equation 3).
 
         Raises:
-            InputError: no features, ids outside the SAE, weights that are all zero.
+            InputError: no features, ids outside the SAE, weights that are all zero or not finite.
         """
-        d_sae = len(self.approximator.b)
-        target = torch.zeros(d_sae)
-        for feature, weight in features.items():
-            if not 0 <= feature < d_sae:
-                raise InputError(f"no feature {feature}; the SAE has features 0 to {d_sae - 1}")
-            target[feature] = weight
-        if not target.any():
-            raise InputError("give at least one feature with a weight that is not zero")
+        target = target_weights(features, len(self.approximator.b))
         made = methods.sae_ts(target, self.approximator, bias_weight=bias_weight)
         facts = {"model": self.experiment.model.name, "method": "sae_ts", "features": dict(features)}
         return SteeringVector.from_tensor(made, self.experiment.hook_name, **facts)
+
+    def calibrate(self, vector: SteeringVector) -> Calibration:
+        """The scale that the experiment's rule gives a vector on its calibration text: some forward passes."""
+        return self._calibrator.calibrate([vector.direction])[0]
 
     def complete(
         self,
@@ -77,35 +104,93 @@ class Run:
         samples: int = 3,
         new_tokens: int = 30,
         seed: int = 0,
+        prompt_format: PromptFormat | None = None,
+        force: bool = False,
     ) -> list[str]:
         """Completions (new text only), steered by `scale` x the vector at the vector's positions, or unsteered.
 
-        The same seed gives the same noise at every scale and for every vector.
+        The same seed gives the same noise at every scale and for every vector. `prompt_format` is the evaluation's where none is
+        given; in `chat` the template's positions are steered too, and a completion is the assistant's answer.
 
         Raises:
-            InputError: the vector belongs to another model or hook.
+            InputError: the vector has another width or, without `force`, belongs to another model or hook; `chat` without a chat
+                template.
         """
+        how: Any = {"samples": samples, "new_tokens": new_tokens, "seed": seed, "prompt_format": prompt_format, "force": force}
+        return self.compare(prompt, vector, (scale,), **how)[0]
+
+    def compare(
+        self,
+        prompt: str,
+        vector: SteeringVector | None,
+        scales: Sequence[float],
+        *,
+        samples: int = 3,
+        new_tokens: int = 30,
+        seed: int = 0,
+        prompt_format: PromptFormat | None = None,
+        force: bool = False,
+    ) -> list[list[str]]:
+        """Completions at each scale, written together; 0 is unsteered, and a sample has the same noise at all. See `complete`."""
         if vector is not None:
-            check_vector(self.experiment, vector)
-        settings = self.experiment.evaluation
-        engine = RolloutEngine(self.model, self.experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
-        added = None if vector is None else scale * vector.direction[None]
-        start = len(encode(self.model.tokenizer, prompt))
-        which = None if vector is None else 0
-        rows = [Row(prompt, row_seed(seed, "complete", prompt, sample), which) for sample in range(samples)]
+            check_vector(self.experiment, vector, force=force)
+        how = prompt_format or self.experiment.evaluation.prompt_format
+        tokenizer = self.model.tokenizer
+        start = tuple(encode(tokenizer, prompt, how))
+        ends = end_tokens(tokenizer, how, self.model.original_model.generation_config)
+        added = None if vector is None else torch.tensor(scales)[:, None] * vector.direction
+        seeds = [row_seed(seed, "complete", prompt, sample) for sample in range(samples)]
+        rows = [Row(start, noise, None if vector is None else which) for which in range(len(scales)) for noise in seeds]
         positions = EVERYWHERE if vector is None else vector.positions
-        tokens = engine.run(rows, added, start + new_tokens, positions=positions).tokens
-        return [completion_text(self.model.tokenizer, row[start:].tolist()) for row in tokens]
+        tokens = self.engine.run(rows, added, len(start) + new_tokens, positions=positions).tokens[:, len(start) :].tolist()
+        texts = [completion_text(tokenizer, row, ends) for row in tokens]
+        return [texts[at : at + samples] for at in range(0, len(texts), samples)]
 
-    def forecast(self, vector: SteeringVector, *, top: int = 10, features: Sequence[int] = ()) -> pl.DataFrame:
-        """Predicted effects at the calibrated scale: columns `feature, predicted`.
+    def measure(self, vector: SteeringVector, *, force: bool = False) -> MeasuredEffect:
+        """The vector's effect by the experiment's own effect settings; measured once for each vector. See `measure_vector`.
 
-        The given features come first, then the `top` largest by size.
+        Raises:
+            InputError: as `complete`, and see `measure_vector`.
         """
-        predicted = self.approximator.predict(vector.direction)
-        largest = predicted.abs().argsort(descending=True)[: top + len(features)].tolist()
-        order = list(dict.fromkeys([*features, *largest]))[: top + len(features)]
-        return pl.DataFrame({"feature": order, "predicted": predicted[order].tolist()})
+        check_vector(self.experiment, vector, force=force)
+        if vector.id not in self._measured:
+            self._measured[vector.id] = measure_vector(self.folder, self.experiment, self.model, vector)
+        return self._measured[vector.id]
+
+    def forecast(
+        self,
+        vector: SteeringVector,
+        *,
+        top: int = 10,
+        features: Sequence[int] = (),
+        measure: bool = False,
+        labels: Mapping[int, str] | None = None,
+        force: bool = False,
+    ) -> pl.DataFrame:
+        """Predicted effects at the calibrated scale: columns `feature, predicted, common, label`.
+
+        The given features come first, then the `top` others that change most. `common` is b, the part of a prediction that every
+        vector has. `measure` adds the columns `measured` and `standard_error`. A label is the given one, or the context on which
+        the feature fires most; null where neither is known.
+
+        Raises:
+            InputError: no such feature; as `measure`.
+        """
+        check_vector(self.experiment, vector, force=force)
+        check_features(features, len(self.approximator.b))
+        measured = self.measure(vector, force=force) if measure else None
+        found = effect_table(self.approximator, vector, features, top, measured)
+        known = feature_labels(self.experiment.sae, found["feature"], labels)
+        return found.with_columns(pl.Series("label", [known.get(feature) for feature in found["feature"]], dtype=pl.String))
+
+    def agreement(self, vector: SteeringVector, *, force: bool = False) -> Agreement:
+        """How the prediction of a vector agrees with its effect, which is measured where it was not yet.
+
+        Raises:
+            InputError: as `measure` and `evidence`.
+        """
+        measured = self.measure(vector, force=force)
+        return agreement(self.approximator.predict(vector.direction), measured, self.evidence.mean_effect)
 
     def features(self, goal: str, search: Search | None = None) -> pl.DataFrame:
         """Features of the SAE for a goal (packaged, or a goal file), best first: see `saets.features.FeatureFinder.for_goal`.

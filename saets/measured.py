@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 
 from saets.errors import InputError
 from saets.storage import Location
@@ -15,6 +17,33 @@ from saets.store import Table, open_shard
 
 COLUMNS = ("vector_id", "vector", "effect", "standard_error", "calibration")
 """What a fit reads of the effects."""
+
+
+class RowBatch(NamedTuple):
+    """Some rows in memory."""
+
+    vector_ids: list[str]
+    vectors: Tensor
+    """[rows, d_model], unit vectors."""
+    effects: Tensor
+    """[rows, d_sae], as they are stored."""
+    standard_errors: Tensor
+    """Of each row the root mean square over features; NaN where it is not known."""
+    capped: Tensor
+    """Which rows' calibration met the grid's end."""
+
+    @classmethod
+    def of(cls, table: pa.Table) -> RowBatch:
+        """From a table of `COLUMNS`."""
+        vectors, effects = (torch.tensor(table[name].combine_chunks().to_numpy_ndarray()) for name in ("vector", "effect"))
+        errors = torch.tensor(table["standard_error"].to_numpy())
+        capped = torch.tensor([found == "capped" for found in table["calibration"].to_pylist()])
+        return cls(table["vector_id"].to_pylist(), vectors, effects, errors, capped)
+
+    def some(self, chosen: Tensor) -> RowBatch:
+        """The rows that a mask [rows] chooses."""
+        ids = [vector_id for vector_id, which in zip(self.vector_ids, chosen.tolist(), strict=True) if which]
+        return RowBatch(ids, *(column[chosen] for column in self[1:]))
 
 
 class ShardRows(NamedTuple):
@@ -50,6 +79,10 @@ class MeasuredRows:
 
     def __len__(self) -> int:
         return sum(int(part.chosen.sum()) for part in self.parts)
+
+    def batches(self) -> Iterator[RowBatch]:
+        """The rows, those of a row group at a time. Raises `InputError`: see `ShardRows.tables`."""
+        return (RowBatch.of(table) for part in self.parts for table in part.tables())
 
     @classmethod
     def of(cls, tables: Sequence[Table], leave_out: Collection[str] = ()) -> MeasuredRows:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -14,6 +15,7 @@ from saets.effects import Failure, Measurement, effect_of
 from saets.engine.calibration import Calibration
 from saets.errors import InputError
 from saets.records import Generation, Grade, VectorItem
+from saets.store import Table
 
 GENERATIONS = pa.schema(
     [
@@ -166,6 +168,25 @@ class Baseline(NamedTuple):
     """Squared standard error of the mean, averaged over features."""
     feature_error_variance: NDArray[np.float32] | None
     """The same for each feature, where the run keeps it."""
+
+
+def shared_baseline(table: Table) -> Baseline:
+    """The baseline of all blocks in a table, which holds at least one."""
+    frame = table.read()
+    assert frame is not None
+    return baseline_of(frame)
+
+
+def baseline_of(frame: pl.DataFrame) -> Baseline:
+    """The mean over all blocks, given as `baseline_rows`, and its standard errors."""
+    blocks = frame.sort(pl.col("index"))
+    mean = np.asarray(blocks["mean"].to_numpy(), dtype=np.float64).mean(axis=0)
+    each = blocks["feature_error_variance"].to_numpy() if "feature_error_variance" in blocks.columns else None
+    return Baseline(
+        mean.astype(np.float32),
+        float(blocks["error_variance"].to_numpy().mean() / len(blocks)),
+        None if each is None else (np.asarray(each, dtype=np.float64).mean(axis=0) / len(blocks)).astype(np.float32),
+    )
 
 
 def effect_rows(measurements: Sequence[Measurement], baseline: Baseline, dtype: str = "float16") -> pa.Table:

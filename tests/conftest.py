@@ -11,14 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from saets.config import Experiment
-from saets.experiment import load_experiment
+from saets.effects import EffectWorker, Measurement, baseline_items, describe
+from saets.experiment import effect_settings, load_experiment
 from saets.model import ByteTokenizer, load_model, random_llama
 from saets.model_config import Model, RandomWeights
+from saets.records import VectorItem, unit, vector_id
+from saets.rows import baseline_rows, effect_rows, shared_baseline
 from saets.storage import Location, locate
+from saets.store import RunFolder
 from tests.chat_server import KEY, Server
 
 torch.set_num_threads(1)
@@ -33,6 +38,22 @@ def tiny() -> Any:
 @pytest.fixture(scope="session")
 def tiny_experiment() -> Experiment:
     return load_experiment("tiny", ["model.dtype=float32", "model.device=cpu"])
+
+
+@pytest.fixture(scope="session")
+def measured(tiny: Any, tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run folder of the tiny experiment with its baseline and the effects of 40 random vectors; not fitted."""
+    worker = EffectWorker(tiny_experiment)
+    settings = effect_settings(tiny_experiment)
+    run = RunFolder.create(tmp_path_factory.mktemp("measured") / "run", tiny_experiment, settings)
+    run.update_stage("effects", {"worker": describe(worker)})
+    blocks = [found for found in worker.measure(baseline_items(tiny_experiment, 32)) if isinstance(found, Measurement)]
+    run.baseline.write(baseline_rows(blocks))
+    drawn = [unit(np.random.default_rng(i).standard_normal(32)) for i in range(40)]
+    items = [VectorItem(vector_id(direction), "random", i, direction) for i, direction in enumerate(drawn)]
+    found = [one for one in worker.measure(items) if isinstance(one, Measurement)]
+    run.effects.write(effect_rows(found, shared_baseline(run.baseline)))
+    return run
 
 
 CHAT_TEMPLATE = (

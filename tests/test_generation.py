@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,18 @@ import pytest
 import torch
 
 from saets.config import Experiment
+from saets.distributed.cluster import Cluster
+from saets.distributed.pool import SteeringPool
 from saets.engine.batch import Row
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
 from saets.generation import SteeringWorker
 from saets.goal import contrast_tokens, load_goal
+from saets.progress import Silent
 from saets.records import UNSTEERED, GenerationItem, unit
 from saets.stages.evaluate import generation_items
+from saets.stages.session import Session
+from saets.store import RunFolder
 from saets.tokens import encode
 from saets.vector import SteeringVector
 from tests.test_goal import goal_file
@@ -93,10 +97,11 @@ def test_exchanges_need_a_chat_template(chat_goal: Any, tiny: Any) -> None:
         contrast_tokens(tiny.tokenizer, chat_goal, "positive")
 
 
-def test_a_vector_left_at_its_own_length_is_tried_at_so_much_larger_scales(tiny_experiment: Experiment) -> None:
+def test_a_vector_left_at_its_own_length_is_tried_at_so_much_larger_scales(tiny_experiment: Experiment, tmp_path: Path) -> None:
     direction = torch.nn.functional.normalize(torch.ones(32), dim=0)
     unit, raw = (SteeringVector(direction, "blocks.2.hook_resid_post", facts) for facts in ({}, {"raw_length": 1.5}))
-    session: Any = SimpleNamespace(experiment=tiny_experiment)
+    cluster = Cluster(tiny_experiment.execution)
+    session = Session(tiny_experiment, RunFolder(tmp_path), cluster, SteeringPool(tiny_experiment, cluster), Silent())
     items = generation_items(session, {("london", "pinverse"): unit, ("london", "pinverse_raw"): raw})
     scales = {method: {item.scale for item in items if item.method == method} for method in ("pinverse", "pinverse_raw")}
     assert scales == {"pinverse": {8.0, 16.0}, "pinverse_raw": {12.0, 24.0}}

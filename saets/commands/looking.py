@@ -1,32 +1,16 @@
-"""Commands that play with a finished run and write nothing: steer, forecast."""
+"""What commands that look at one vector share: the options that name it, and the vector that they name."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-from rich.table import Table
-
-from saets.commands.common import Commands, add_command, console, opened_run
+from saets.commands.common import errors
 from saets.errors import InputError
 
 if TYPE_CHECKING:
     from saets.explore import Run
     from saets.vector import SteeringVector
-
-
-def add(commands: Commands) -> None:
-    """Put these commands into the parser."""
-    steer = add_vector_choice(add_command(commands, "steer", _steer, "show unsteered and steered text side by side"))
-    steer.add_argument("--scale", type=float, action="append", required=True, help="L2 length to add; may be given several times")
-    steer.add_argument("--prompt", default="I think")
-    steer.add_argument("--samples", type=int, default=3)
-    steer.add_argument("--seed", type=int, default=0)
-    forecast = add_vector_choice(
-        add_command(commands, "forecast", _forecast, "predict a vector's effects before generating anything")
-    )
-    forecast.add_argument("--top", type=int, default=15)
 
 
 def add_vector_choice(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -38,29 +22,8 @@ def add_vector_choice(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
-def _steer(options: argparse.Namespace) -> None:
-    run = opened_run(options)
-    vector = chosen_vector(run, options)
-    choice = {"samples": options.samples, "seed": options.seed, "new_tokens": run.experiment.evaluation.new_tokens}
-    columns = [("unsteered", run.complete(options.prompt, **choice))]
-    columns += [(f"scale {scale:g}", run.complete(options.prompt, vector, scale=scale, **choice)) for scale in options.scale]
-    table = Table(*(name for name, _ in columns), show_lines=True)
-    for texts in zip(*(texts for _, texts in columns), strict=True):
-        table.add_row(*(escape(options.prompt + text) for text in texts))
-    console.print(table)
-
-
-def _forecast(options: argparse.Namespace) -> None:
-    run = opened_run(options)
-    chosen = [feature for feature, _ in map(_feature, options.feature)]
-    table = Table("feature", "predicted effect", box=None, pad_edge=False)
-    for feature, predicted in run.forecast(chosen_vector(run, options), top=options.top, features=chosen).iter_rows():
-        table.add_row(str(feature), f"{predicted:+.4f}")
-    console.print(table)
-
-
 def chosen_vector(run: Run, options: argparse.Namespace) -> SteeringVector:
-    """The vector that the options name.
+    """The vector that the options name; where its approximator had to be made first, that is said on stderr.
 
     Raises:
         InputError: none or several, or one that is not there.
@@ -74,12 +37,28 @@ def chosen_vector(run: Run, options: argparse.Namespace) -> SteeringVector:
         return SteeringVector.load(options.vector)
     if options.goal:
         return run.vector(options.goal, options.method)
-    return run.target(dict(map(_feature, options.feature)), bias_weight=run.experiment.steering.bias_weight)
+    features = weighted(options.feature)
+    say_where_fitted(run)
+    return run.target(features, bias_weight=run.experiment.steering.bias_weight)
 
 
-def _feature(text: str) -> tuple[int, float]:
-    number, _, weight = text.partition(":")
-    try:
-        return int(number), float(weight or 1)
-    except ValueError as error:
-        raise InputError(f"--feature {text!r}: expected ID:WEIGHT, e.g. --feature 123:0.5") from error
+def say_where_fitted(run: Run) -> None:
+    """Say on stderr where the approximator is not the run's own."""
+    if run.fit.here:
+        errors.print(f"no approximator in {run.folder.path} yet; this one is fitted to {run.fit.here}", markup=False)
+
+
+def weighted(words: list[str], option: str = "--feature") -> dict[int, float]:
+    """Features and weights from words such as 123:0.5; a weight left out is 1.
+
+    Raises:
+        InputError: a word of another form.
+    """
+    found = {}
+    for word in words:
+        number, _, weight = word.partition(":")
+        try:
+            found[int(number)] = float(weight or 1)
+        except ValueError as error:
+            raise InputError(f"{option} {word!r}: expected ID:WEIGHT, e.g. {option} 123:0.5") from error
+    return found

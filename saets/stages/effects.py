@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -20,8 +19,9 @@ from saets.effects import Failure, Measurement, effect_of
 from saets.errors import InputError
 from saets.model import model_shape
 from saets.pending import Pending, id_numbers
-from saets.rows import Baseline, baseline_rows, effect_rows, failure_rows, measurement_rows, measurements_of
-from saets.stages.session import Session, check_weights
+from saets.rows import baseline_rows, effect_rows, failure_rows, measurement_rows, measurements_of, shared_baseline
+from saets.shipped import check_weights
+from saets.stages.session import Session
 from saets.store import Appender, RunFolder, Table, read_shard
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class EffectWriter:
     def __init__(self, run: RunFolder, settings: Effects) -> None:
         self._run = run
         self._missing = settings.baseline_blocks - len(run.baseline.ids())
-        self._baseline = functools.cache(lambda: shared_baseline(run))
+        self._baseline = functools.cache(lambda: shared_baseline(run.baseline))
         self._dtype = settings.dtype
         self._effects = Appender(run.effects, self._rows)
         self._waiting = Appender(run.waiting, measurement_rows)
@@ -188,17 +188,3 @@ class EffectWriter:
             "rounding_rms": (self._rounding / self._written) ** 0.5,
             "standard_error_rms": (self._variance / self._written) ** 0.5,
         }
-
-
-def shared_baseline(run: RunFolder) -> Baseline:
-    """The mean over all blocks of the baseline and its standard errors."""
-    frame = run.baseline.read()
-    assert frame is not None
-    blocks = frame.sort(pl.col("index"))
-    mean = np.asarray(blocks["mean"].to_numpy(), dtype=np.float64).mean(axis=0)
-    each = blocks["feature_error_variance"].to_numpy() if "feature_error_variance" in blocks.columns else None
-    return Baseline(
-        mean.astype(np.float32),
-        float(blocks["error_variance"].to_numpy().mean() / len(blocks)),
-        None if each is None else (np.asarray(each, dtype=np.float64).mean(axis=0) / len(blocks)).astype(np.float32),
-    )

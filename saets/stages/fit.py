@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from saets.approximator import Moments
 from saets.config import Fit, settings_hash
 from saets.distributed import fit as distributed
 from saets.errors import InputError
 from saets.experiment import effect_settings
 from saets.measured import MeasuredRows
+from saets.shipped import summed_rows
 from saets.stages.pull import stands_in, use_published_effects
 from saets.stages.session import Session
-from saets.store import RunFolder
 
 
 def fit_approximator(session: Session) -> None:
@@ -26,7 +25,7 @@ def fit_approximator(session: Session) -> None:
     """
     experiment, run, shipped = session.experiment, session.run, session.shipped()
     tables = [run.effects, *([shipped.effects] if shipped else [])]
-    sums = _sums(shipped) if shipped else None
+    sums = summed_rows(shipped) if shipped else None
     if stands_in(session):
         use_published_effects(session)
         tables = [run.published_effects]
@@ -63,36 +62,6 @@ def fit_approximator(session: Session) -> None:
     replace(approximator, provenance=provenance).save(run.approximator)
     run.write_fit(report)
     run.update_manifest(fit={"inputs": inputs})
-
-
-class Sums(NamedTuple):
-    """Rows that come with an experiment as sums alone."""
-
-    moments: Moments
-    vector_ids: set[str]
-    capped: int
-
-    def identity(self) -> list[Any]:
-        """Tells these rows, and effects of them, from others."""
-        return [sorted(self.vector_ids), self.moments.yy.item(), self.moments.y.sum().item()]
-
-
-def _sums(shipped: RunFolder) -> Sums | None:
-    """Those of the shipped effects, where they have any.
-
-    Raises:
-        InputError: sums that are not of the rows that are said to be in them.
-    """
-    table = shipped.summed.read(["vector_id", "calibration"])
-    if table is None:
-        return None
-    moments = Moments.load(shipped.moments)
-    if moments.rows.item() != len(table):
-        raise InputError(
-            f"{shipped.moments} is of {moments.rows.item():.0f} rows, {shipped.summed.folder} names {len(table)}; install the "
-            "package anew, or give --measure to fit only effects measured in this run"
-        )
-    return Sums(moments, set(table["vector_id"]), int((table["calibration"] == "capped").sum()))
 
 
 def fit_settings(fit: Fit) -> dict[str, Any]:

@@ -91,9 +91,13 @@ def write_plots(session: Session) -> list[Location]:
 
 
 def samples(session: Session, *, per_method: int = 1) -> Iterable[tuple[str, str, float, str]]:
-    """(goal, method, scale, prompt and completion) of some texts at each method's chosen scale, beside unsteered ones."""
+    """(goal, method, scale, prompt and completion) of some texts at each method's chosen scale, beside unsteered ones.
+
+    An arrow stands between a user's prompt and the assistant's answer.
+    """
     outcome = read_outcome(session)
     generations, _ = graded_texts(session)
+    between = "" if session.experiment.evaluation.prompt_format == "plain" else " -> "
     for row in outcome.summary.sort("goal", maintain_order=True).iter_rows(named=True):
         if row["scale"] is None:
             continue
@@ -102,4 +106,4 @@ def samples(session: Session, *, per_method: int = 1) -> Iterable[tuple[str, str
             (pl.col("goal") == row["goal"]) & (pl.col("method") == method) & (pl.col("scale") == row["scale"])
         ).sort("prompt", "sample")
         for text in chosen.head(per_method).iter_rows(named=True):
-            yield row["goal"], row["method"], row["scale"], text["prompt"] + text["completion"]
+            yield row["goal"], row["method"], row["scale"], between.join((text["prompt"], text["completion"]))

@@ -24,9 +24,8 @@ from saets.errors import InputError
 from saets.experiment import effect_settings, load_experiment
 from saets.held_out import is_held_out
 from saets.model import load_model, weights_hash
-from saets.rows import Baseline, baseline_rows, effect_rows
+from saets.rows import Baseline, baseline_rows, effect_rows, shared_baseline
 from saets.sae import load_sae
-from saets.stages.effects import shared_baseline
 from saets.store import RunFolder, Table, versions
 
 PLACE = PRESETS / measuring.PRESET
@@ -62,7 +61,7 @@ def make(build: Build, folder: Path) -> Mapping[str, Any]:
     shutil.rmtree(making, ignore_errors=True)
     measured = RunFolder(making / "measured")
     _parquet(measured.baseline, baseline_rows(blocks))
-    baseline = shared_baseline(measured)
+    baseline = shared_baseline(measured.baseline)
     _parquet(measured.effects, effect_rows(held_out, baseline))
     _parquet(measured.summed, effect_rows(summed, baseline).drop(["vector", "effect"]))
     moments = moments_of(summed, baseline)

@@ -28,7 +28,9 @@ from assets.settings import Settings
 from saets.approximator import Moments
 from saets.cli import main
 from saets.distributed.cluster import Cluster
+from saets.evidence import evidence
 from saets.experiment import load_experiment
+from saets.fitted import fitted
 from saets.stages.effects import measure_effects
 from saets.stages.session import Session
 from saets.store import RunFolder
@@ -413,6 +415,22 @@ def test_a_run_measures_only_what_is_not_shipped_and_fits_it_with_the_sums(shipp
     report = fit_of(tmp_path)
     assert (report["rows_own"], report["rows_shipped"]) == (2, 92)
     assert report["rows_train"] + report["rows_held_out"] == 94
+
+
+@pytest.mark.ray
+def test_without_a_fit_a_run_has_the_approximator_that_one_would_give(shipped: Path, tmp_path: Path, cluster: None) -> None:
+    assert main(["effects", measuring.PRESET, "--out", str(tmp_path)]) == 0
+    run, experiment = RunFolder(tmp_path), load_experiment(measuring.PRESET)
+    here = fitted(run, experiment)
+    report = fit_of(tmp_path)
+    found = fitted(run, experiment)
+    assert (bool(here.here), found.here) == (True, None)
+    assert {key: here.report[key] for key in ("rows_train", "rows_held_out", "penalty")}.items() <= report.items()
+    assert here.report["held_out"]["r2"] == pytest.approx(report["held_out"]["r2"], rel=1e-4)
+    assert torch.allclose(here.approximator.M, found.approximator.M, rtol=1e-4, atol=1e-6)
+    behind = [evidence(run, experiment, fit) for fit in (here, found)]
+    assert torch.allclose(*(each.leverages for each in behind))
+    assert behind[0].record().vectors == report["rows_held_out"]
 
 
 @pytest.mark.ray
