@@ -111,8 +111,8 @@ class SteeringVector:
         `scale` is the L2 length added to the residual stream. `force` lets a vector of another model through.
 
         Raises:
-            InputError: a scale that is not finite, made for another model, no such hook or another width; at the end, that nothing was steered (see
-                `saets.steering.steered`).
+            InputError: a scale that is not finite, another model, no such hook or another width; at the end, that nothing was
+                steered (see `saets.steering.steered`).
         """
         if not math.isfinite(scale):
             raise InputError(f"a scale of {scale}; expected a finite number, the length that is added")
