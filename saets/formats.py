@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from saets.errors import InputError, unknown
@@ -26,6 +26,7 @@ from saets.hooks import HOOK_PATTERN, blocks_below
 from saets.positions import EVERYWHERE, Positions
 from saets.published import load_pt
 from saets.storage import Location, Where, locate
+from saets.tensors import to_bytes
 from saets.vector import FORMAT, ScaledVector, SteeringVector
 
 DIRECTION = re.compile(r"^direction\.(\d+)$")
@@ -127,7 +128,7 @@ def to_gguf(vector: ScaledVector, model_hint: str) -> bytes:
 
 def to_safetensors(vector: ScaledVector, model_hint: str) -> bytes:
     """One tensor [d_model], float32, as long as the scale; its key is the hook's name, which needs no way of counting layers."""
-    return save({vector.vector.hook_name: vector.added.contiguous()}, metadata=_facts(vector))
+    return to_bytes({vector.vector.hook_name: vector.added}, _facts(vector))
 
 
 def _facts(vector: ScaledVector) -> dict[str, str]:

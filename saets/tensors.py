@@ -23,8 +23,17 @@ class TensorFile(NamedTuple):
 
 def write_tensors(where: Where, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Write a file, whole or not at all; raises `InputError` where that cannot be done."""
+    locate(where).write_bytes(to_bytes(tensors, header))
+
+
+def to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
+    """The content of such a file: the same for the same tensors and header, whose keys safetensors writes in any order."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    locate(where).write_bytes(save(whole, metadata=dict(header)))
+    content = memoryview(save(whole, metadata=dict(header)))
+    start = 8 + int.from_bytes(content[:8], "little")
+    ordered = json.dumps(json.loads(bytes(content[8:start])), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    ordered += b" " * (-len(ordered) % 8)
+    return b"".join((len(ordered).to_bytes(8, "little"), ordered, content[start:]))
 
 
 def read_tensors(where: Where, missing: str) -> TensorFile:

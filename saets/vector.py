@@ -69,7 +69,7 @@ class SteeringVector:
         length = vector.double().norm()
         if not torch.isfinite(length) or length == 0:
             raise InputError("a steering vector needs finite numbers that are not all zero")
-        return cls((vector.double() / length).float(), hook_name, provenance)
+        return cls((vector.double() / length).float().cpu(), hook_name, provenance)
 
     def save(self, path: Where) -> None:
         """Write direction, hook, positions and provenance as safetensors, whole, to a local path or a URI."""
@@ -111,9 +111,11 @@ class SteeringVector:
         `scale` is the L2 length added to the residual stream. `force` lets a vector of another model through.
 
         Raises:
-            InputError: made for another model, no such hook or another width; at the end, that nothing was steered (see
-                `saets.steering.steered`).
+            InputError: a scale that is not finite, another model, no such hook or another width; at the end, that nothing was
+                steered (see `saets.steering.steered`).
         """
+        if not math.isfinite(scale):
+            raise InputError(f"a scale of {scale}; expected a finite number, the length that is added")
         name = steerable(model).name
         if self.model and name and not force and not same_model(self.model, name):
             raise InputError(

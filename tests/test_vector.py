@@ -63,6 +63,14 @@ def test_a_saved_vector_comes_back_equal_with_hook_and_provenance(tmp_path: Path
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_the_same_vector_is_always_the_same_file(tmp_path: Path) -> None:
+    made = SteeringVector(vector().direction, HOOK, {"model": "tiny", "goal": "ünï", "features": [[3, 1.0]]})
+    files = [tmp_path / str(i) for i in range(12)]
+    for file in files:
+        made.save(file)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_the_id_depends_on_the_direction_alone() -> None:
     direction = vector().direction
     assert SteeringVector(direction, HOOK).id == SteeringVector(direction.clone(), "blocks.1.hook_resid_post", {"a": 1}).id
@@ -114,6 +122,12 @@ def test_a_scale_of_zero_changes_nothing(tiny: Any) -> None:
     logits = tiny(TOKENS)
     with vector().applied(tiny, 0.0):
         assert torch.equal(tiny(TOKENS), logits)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(tiny: Any, scale: float) -> None:
+    with pytest.raises(InputError, match="expected a finite number"), vector().applied(tiny, scale):
+        pass
 
 
 def test_the_hooks_are_gone_afterwards_also_after_an_exception(tiny: Any) -> None:
