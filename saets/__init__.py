@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saets.goal import Goal, load_goal
     from saets.model import load_model
     from saets.sae import load_sae
-    from saets.vector import SteeringVector
+    from saets.vector import ScaledVector, SteeringVector
 
 __all__ = [
     "EffectApproximator",
@@ -24,6 +24,7 @@ __all__ = [
     "InputError",
     "RolloutEngine",
     "Run",
+    "ScaledVector",
     "SteeringVector",
     "load_experiment",
     "load_goal",
@@ -38,6 +39,7 @@ _HOMES = {
     "InputError": "errors",
     "RolloutEngine": "engine.rollout",
     "Run": "explore",
+    "ScaledVector": "vector",
     "SteeringVector": "vector",
     "load_experiment": "experiment",
     "load_goal": "goal",

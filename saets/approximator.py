@@ -45,15 +45,18 @@ class EffectApproximator:
     M: Float[Tensor, "d_model d_sae"]
     b: Float[Tensor, " d_sae"]
     provenance: dict[str, Any] = field(default_factory=dict)
+    feature_r2: Float[Tensor, " d_sae"] | None = None
+    """How well each feature's effect is predicted for held-out vectors, NaN where it never changes; None where nobody knows."""
 
     def predict(self, directions: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """Predicted effects of vectors, which are normalised to unit length first (paper, section 4)."""
         return torch.nn.functional.normalize(directions.float(), dim=-1) @ self.M + self.b
 
     def save(self, path: Where) -> None:
-        """Write M, b and the provenance as safetensors, whole, to a local path or a URI."""
+        """Write M, b, the R2 of features and the provenance as safetensors, whole, to a local path or a URI."""
         header = {"format": "saets-approximator", "provenance": json.dumps(self.provenance, sort_keys=True)}
-        write_tensors(path, {"M": self.M, "b": self.b}, header)
+        known = {} if self.feature_r2 is None else {"feature_r2": self.feature_r2}
+        write_tensors(path, {"M": self.M, "b": self.b, **known}, header)
 
     @classmethod
     def load(cls, path: Where) -> EffectApproximator:
@@ -65,10 +68,11 @@ class EffectApproximator:
         tensors, header = read_tensors(
             path, f"no approximator at {path}; run `saets fit` first, or `saets pull` where the experiment names a published one"
         )
-        if set(tensors) != {"M", "b"} or tensors["M"].shape[1:] != tensors["b"].shape:
+        of_features = {name: tensor.shape for name, tensor in tensors.items() if name != "M"}
+        if "M" not in tensors or "b" not in tensors or set(of_features.values()) != {tensors["M"].shape[1:]}:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise InputError(f"{path} holds {shapes}; expected M [d_model, d_sae] and b [d_sae]")
-        return cls(tensors["M"], tensors["b"], json.loads(header.get("provenance", "{}")))
+        return cls(tensors["M"], tensors["b"], json.loads(header.get("provenance", "{}")), tensors.get("feature_r2"))
 
 
 class Moments:

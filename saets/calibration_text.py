@@ -13,6 +13,9 @@ from saets.errors import InputError
 from saets.shapes import Int
 from saets.tokens import encode
 
+PASSAGE = 128
+"""Tokens of a passage at most, where only its beginning is read."""
+
 
 def calibration_tokens(tokenizer: Any, settings: Effects) -> Int[Tensor, "chunks length"]:
     """The calibration text in chunks of `calibration_length` tokens, each BOS and then a run of one passage's tokens.
@@ -22,7 +25,7 @@ def calibration_tokens(tokenizer: Any, settings: Effects) -> Int[Tensor, "chunks
     """
     length = settings.calibration_length
     chunks: list[list[int]] = []
-    for passage in _passages(settings.calibration_text):
+    for passage in passages(settings.calibration_text):
         bos, *tokens = encode(tokenizer, passage)
         for at in range(0, len(tokens) - length + 2, length - 1):
             chunks.append([bos, *tokens[at : at + length - 1]])
@@ -34,7 +37,26 @@ def calibration_tokens(tokenizer: Any, settings: Effects) -> Int[Tensor, "chunks
     )
 
 
-def _passages(source: str) -> Iterable[str]:
+def some_tokens(tokenizer: Any, settings: Effects, most: int) -> list[list[int]]:
+    """The beginnings of passages, BOS first, of `most` tokens in all or a little more; what a feature does in ordinary text.
+
+    Raises:
+        InputError: no such text.
+    """
+    found: list[list[int]] = []
+    for passage in passages(settings.calibration_text):
+        if sum(map(len, found)) >= most:
+            break
+        found.append(encode(tokenizer, passage)[:PASSAGE])
+    return found
+
+
+def passages(source: str) -> Iterable[str]:
+    """The passages of a packaged file (`preset:NAME`), another file, or a dataset (`dataset:NAME`).
+
+    Raises:
+        InputError: no such text.
+    """
     if source.startswith(DATASET):
         return _dataset(source.removeprefix(DATASET))
     path = packaged(source)

@@ -8,10 +8,10 @@ from saets.goal import Goal, check_contrast, goal_features, load_goal
 from saets.hooks import blocks_below, layer_of
 from saets.judge.choice import check_judge
 from saets.methods import needs
-from saets.model import load_tokenizer, model_shape, resolve_device
+from saets.model import load_tokenizer, model_shape, model_type, resolve_device
 from saets.sae import check_sae, sae_width
 from saets.tokens import check_chat, encode
-from saets.vector import SteeringVector
+from saets.vector import SteeringVector, same_model
 
 
 def check_experiment(experiment: Experiment) -> None:
@@ -85,37 +85,52 @@ def check_goals(experiment: Experiment) -> list[Goal]:
     return goals
 
 
-def check_vector(experiment: Experiment, vector: SteeringVector, *, force: bool = False) -> None:
-    """Raise `InputError` where a vector has another width, or, without `force`, is of another model or hook."""
-    d_model = model_shape(experiment.model)[0]
-    if len(vector.direction) != d_model:
-        raise InputError(
-            f"the vector has {len(vector.direction)} numbers, the residual stream of {experiment.model.name} has {d_model}; it "
-            "belongs to another model"
-        )
-    if force:
-        return
-    model = vector.provenance.get("model")
-    if model and model != experiment.model.name:
-        raise InputError(
-            f"the vector was made for {model}, and this experiment steers {experiment.model.name}; give --force if they are one "
-            "model"
-        )
-    if vector.hook_name != experiment.hook_name:
-        raise InputError(
-            f"the vector is for {vector.hook_name}, and this experiment steers at {experiment.hook_name}; give --force to add it "
-            "there all the same"
-        )
-
-
 def check_all(experiment: Experiment, *, judged: bool = True) -> list[Goal]:
     """Everything a whole run needs, what is here before what may be on the hub; returns the goals."""
     goals = check_goals(experiment)
     if judged:
         check_judge(experiment.judge)
     check_experiment(experiment)
-    if any(needs(method, "positive") for method in experiment.steering.methods):
+    read = ("positive", "feature_contrast")
+    if any(needs(method, ingredient) for method in experiment.steering.methods for ingredient in read):
         tokenizer = load_tokenizer(experiment.model)
         for goal in goals:
             check_contrast(tokenizer, goal)
     return goals
+
+
+def check_vector(experiment: Experiment, vector: SteeringVector, *, force: bool = False) -> None:
+    """The vector belongs to the experiment's model and hook.
+
+    Raises:
+        InputError: another width, or a hook that the model does not have; without `force` also another model or another hook.
+    """
+    d_model, n_blocks, _ = model_shape(experiment.model)
+    if len(vector.direction) != d_model:
+        raise InputError(
+            f"the vector has {len(vector.direction)} numbers, the residual stream of {experiment.model.name} has {d_model}; it "
+            "belongs to another model"
+        )
+    if layer_of(vector.hook_name) >= n_blocks:
+        raise InputError(f"the vector is for {vector.hook_name}; {experiment.model.name} has blocks 0 to {n_blocks - 1}")
+    if force:
+        return
+    if vector.model and not same_model(vector.model, experiment.model.name):
+        raise InputError(
+            f"the vector was made for {vector.model} and this experiment steers {experiment.model.name}; give --force if they "
+            "are the same weights"
+        )
+    if vector.hook_name != experiment.hook_name:
+        raise InputError(
+            f"the vector is for {vector.hook_name}; this run steers at {experiment.hook_name}; give --force to add it there"
+        )
+
+
+def check_model_kind(experiment: Experiment, kind: str) -> None:
+    """Raise `InputError` where a file says that it was made for another kind of model; "" is unknown."""
+    own = model_type(experiment.model)
+    if kind and kind != own:
+        raise InputError(
+            f"the file was made for a model of kind {kind!r} and {experiment.model.name} is of kind {own!r}; give --force if "
+            "they are the same"
+        )

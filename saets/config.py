@@ -28,7 +28,7 @@ BASELINE = "baseline"
 LOSS_RULES = ("loss_increase", "target_loss", "fixed_scale")
 """The ways to choose a vector's scale; an experiment names one."""
 
-METHOD_IDS = ("caa", "sae", "sae_ts")
+METHOD_IDS = ("caa", "sae", "sae_ts", "pinverse", "pinverse_raw", "rotation", "fgaa", "ridge", "constrained")
 """Steering methods, by the ids used in settings, files and columns."""
 
 
@@ -233,13 +233,27 @@ class Steering(Section):
 
     goals: tuple[str, ...] = ()
     """Goal ids from the package, or paths of goal files."""
-    methods: tuple[str, ...] = METHOD_IDS
+    methods: tuple[str, ...] = ("caa", "sae", "sae_ts")
+    """Those of the paper's main table; `METHOD_IDS` names all."""
     features_of: str | None = None
     """Which `[features.X]` table of the goal files is read; by default the experiment's name."""
     features: dict[str, tuple[tuple[int, float], ...]] = {}
     """Features of a goal for this experiment, over those of the goal file: `london = [[14455, 1.0]]`."""
     bias_weight: float = 1.0
-    """Lambda of SAE-TS: how much of the direction M b is taken away."""
+    """Lambda of SAE-TS, and of the methods built on it: how much of the direction M b is taken away."""
+    fgaa_features: int = Field(4, ge=1)
+    """Features that `fgaa` keeps, those that set the contrast texts apart most."""
+    max_density: float = Field(0.01, gt=0, le=1)
+    """Features that fire on a larger share of tokens are nothing to `fgaa`."""
+    ridge_penalty: float = Field(1.0, ge=0)
+    """Of `ridge`, in units of the mean eigenvalue of M M': 0 is the pseudoinverse, and large numbers end in SAE-TS."""
+    ridge_target_size: float | None = Field(None, gt=0)
+    """Tau of `ridge`: the effect asked of the target; by default that for which its path ends in SAE-TS of `bias_weight`."""
+    constrained_gamma: float | None = Field(None, ge=0)
+    """Weight of side effects in `constrained`; by default the largest that predicts as much of the target as SAE-TS does."""
+    stillness: Literal["measured", "equal"] = "measured"
+    """What `constrained` holds still: each feature by how quiet it is in unsteered text and how well its effect is predicted, or
+    all alike."""
 
     @field_validator("methods")
     @classmethod

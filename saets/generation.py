@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from saets.calibration_text import calibration_tokens, some_tokens
 from saets.config import Experiment
+from saets.contrast import FeatureContrast, feature_contrast
+from saets.effects import scale_rule
 from saets.engine.batch import Row
+from saets.engine.calibration import Calibrator, ScaleRange
 from saets.engine.rollout import RolloutEngine
 from saets.goal import SIDES, Goal, contrast_tokens
 from saets.hooks import blocks_below
 from saets.model import load_model
+from saets.reading import SKIPPED, FeatureReader
 from saets.records import Generation, GenerationItem
+from saets.sae import load_sae
 from saets.tokens import completion_text, encode, end_tokens
+
+DENSITY_TOKENS = 8192
+"""Enough to tell a density of one in a hundred from one in fifty."""
 
 TEXTS_PER_BATCH = 512
 """Completions written together where `execution.rows` is `auto`."""
@@ -38,6 +49,16 @@ class SteeringWorker:
         self.model = load_model(experiment.model)
         self.engine = RolloutEngine(self.model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
         self._ends = end_tokens(self.model.tokenizer, settings.prompt_format, self.model.original_model.generation_config)
+
+    @cached_property
+    def calibrator(self) -> Calibrator:
+        """Finds scales on the experiment's calibration text, as those of measured vectors were found."""
+        settings = self.experiment.effects
+        return Calibrator(self.engine.decoder, calibration_tokens(self.model.tokenizer, settings), scale_rule(settings))
+
+    def scale_range(self, direction: NDArray[np.float32]) -> ScaleRange:
+        """The scales between which a unit vector is of use. Raises `InputError`: see `Calibrator`."""
+        return self.calibrator.ranges([torch.from_numpy(direction)])[0]
 
     def generate(self, items: Sequence[GenerationItem], directions: Mapping[str, NDArray[np.float32]]) -> list[Generation]:
         """Completions in order; `directions` holds the unit vector of every vector_id but `unsteered`.
@@ -75,6 +96,25 @@ class SteeringWorker:
         """
         tokenizer = self.model.tokenizer
         return {side: np.stack([self._mean_residual(*text) for text in contrast_tokens(tokenizer, goal, side)]) for side in SIDES}
+
+    def feature_contrast(self, goal: Goal, *, skip_positions: int = SKIPPED) -> FeatureContrast:
+        """The goal's contrast texts in the features of the experiment's SAE, which is loaded when first asked for.
+
+        Raises:
+            InputError: see `load_sae` and `saets.contrast.feature_contrast`.
+        """
+        return feature_contrast(FeatureReader(self.engine.decoder, self.sae, skip_positions), self.model.tokenizer, goal)
+
+    def feature_density(self, *, skip_positions: int = SKIPPED) -> NDArray[np.float32]:
+        """Share of the calibration text's tokens on which each feature fires, [d_sae]; `DENSITY_TOKENS` of them."""
+        texts = some_tokens(self.model.tokenizer, self.experiment.effects, DENSITY_TOKENS)
+        density: NDArray[np.float32] = FeatureReader(self.engine.decoder, self.sae, skip_positions).density(texts).numpy()
+        return density
+
+    @cached_property
+    def sae(self) -> Any:
+        """The experiment's SAE, where the residual stream at the hook is."""
+        return load_sae(self.experiment.sae, self.engine.decoder.d_model, self.engine.hook_device)
 
     def _mean_residual(self, text: list[int], start: int) -> NDArray[np.float32]:
         tokens = torch.tensor([text], device=self.engine.device)

@@ -84,13 +84,17 @@ class HeldOutScores:
             "mse_noise": noise if math.isfinite(noise) else None,
             "noise_share": noise / mse if math.isfinite(noise) and mse else None,
             "r2_ceiling": 1 - noise / mean_effect if math.isfinite(noise) and mean_effect else None,
-            "feature_r2": self._feature_r2(),
+            "feature_r2": self._quartiles(),
         }
 
-    def _feature_r2(self) -> dict[str, Any]:
+    def feature_r2(self) -> Float[Tensor, " d_sae"]:
+        """R2 of each feature, against the training rows' mean effect; NaN where it does not vary among the held-out rows."""
         errors, around_mean, around_own, squares = self._features
-        varying = around_own > 1e-12 * squares
-        found = 1 - errors[varying] / around_mean[varying]
+        return torch.where(around_own > 1e-12 * squares, 1 - errors / around_mean, torch.nan)
+
+    def _quartiles(self) -> dict[str, Any]:
+        found = self.feature_r2()
+        found = found[~found.isnan()]
         if not len(found):
             return {"features": 0}
         quartiles = torch.quantile(found, found.new_tensor([0.25, 0.5, 0.75])).tolist()

@@ -85,12 +85,19 @@ def model_shape(spec: Model) -> tuple[int, int, int]:
     """
     if spec.loader == "random":
         return spec.random.d_model, spec.random.n_layers, ByteTokenizer.size
-    if spec.loader == "gguf":
-        config = AutoConfig.from_pretrained(_converted(_gguf_file(spec.name)))
-    else:
-        config = _from_hub(AutoConfig.from_pretrained, spec)
-    text = config.get_text_config()
+    text = _config(spec).get_text_config()
     return text.hidden_size, text.num_hidden_layers, text.vocab_size
+
+
+def model_type(spec: Model) -> str:
+    """The kind of model by its config, such as `llama` or `gemma2`; its weights are not read."""
+    return "llama" if spec.loader == "random" else str(_config(spec).model_type)
+
+
+def _config(spec: Model) -> Any:
+    if spec.loader == "gguf":
+        return AutoConfig.from_pretrained(_converted(_gguf_file(spec.name)))
+    return _from_hub(AutoConfig.from_pretrained, spec)
 
 
 def load_tokenizer(spec: Model) -> Any:
@@ -129,6 +136,7 @@ def load_model(spec: Model) -> Any:
     with quiet():
         placed = weights.model if spec.device_map else weights.model.to(devices[0])
         model = placed.eval().requires_grad_(False)
+        model.name_or_path = spec.name
         plain = share_weights(model)
         bridge: Any = TransformerBridge.boot_transformers(
             spec.name, hf_model=model, tokenizer=weights.tokenizer, dtype=dtype, device=str(devices[0])

@@ -113,7 +113,12 @@ def bias_direction_cosine(path: Path, approximator: EffectApproximator) -> float
     return cosine_similarity(direction, normalize(approximator.M @ approximator.b, dim=0), dim=0).item()
 
 
-def _load(path: Path) -> Any:
+def load_pt(path: Path) -> Any:
+    """What `torch.save` wrote; nothing in the file is run.
+
+    Raises:
+        InputError: a file that is damaged or wants to run code.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -128,14 +133,14 @@ def _load(path: Path) -> Any:
 
 
 def _tensors(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    found = _load(path)
+    found = load_pt(path)
     if not isinstance(found, dict) or set(found) != set(names) or not all(_plain(value) for value in found.values()):
         raise _wrong(path, found, f"tensors {' and '.join(names)} of real numbers")
     return {name: found[name].detach() for name in names}
 
 
 def _tensor(path: Path, shape: tuple[int, ...]) -> Tensor:
-    found = _load(path)
+    found = load_pt(path)
     if not _plain(found) or found.shape != shape:
         raise _wrong(path, found, f"a tensor {list(shape)} of real numbers")
     tensor: Tensor = found.detach().float()

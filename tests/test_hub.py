@@ -167,6 +167,20 @@ def test_a_stage_that_needs_the_approximator_takes_the_published_one_and_says_so
     assert torch.allclose(load_file(out / "vectors" / "london--sae_ts.safetensors")["direction"], by_hand, atol=1e-5)
 
 
+def test_the_method_rotation_takes_the_published_one(
+    hub: Hub, authors: dict[str, Any], experiment: Experiment, tmp_path: Path
+) -> None:
+    skew = torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    Q = authors["R_dec.pt"].T @ torch.linalg.matrix_exp(0.02 * (skew - skew.T))
+    published(hub, {**authors, "R_dec.pt": Q.T.contiguous()})
+    out = tmp_path / "run"
+    assert main([*command("vectors", out), "--set", "steering.methods=['rotation']"]) == 0
+    W, b = authors["adapter.pt"]["W"], authors["adapter.pt"]["b"]
+    row = load_sae(experiment.sae, 32).W_dec[3]
+    by_hand = normalize(normalize(Q @ row, dim=0) - normalize(W @ b, dim=0), dim=0)
+    assert torch.allclose(load_file(out / "vectors" / "london--rotation.safetensors")["direction"], by_hand, atol=1e-5)
+
+
 def test_the_hub_is_found_by_hf_endpoint(hub: Hub, authors: dict[str, Any], tmp_path: Path) -> None:
     published(hub, authors)
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}

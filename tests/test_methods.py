@@ -12,7 +12,8 @@ from torch import Tensor
 from saets.approximator import EffectApproximator
 from saets.config import METHOD_IDS
 from saets.errors import InputError
-from saets.methods import METHODS, build, needs
+from saets.methods import METHODS, build, needs, options_of
+from saets.rotation import procrustes
 
 D_MODEL, D_SAE = 5, 8
 
@@ -105,10 +106,17 @@ def test_a_feature_with_a_longer_column_of_m_counts_for_more(approximator: Effec
 
 
 def test_a_method_reads_only_the_ingredients_it_names(approximator: EffectApproximator) -> None:
+    W_dec, target = random(D_SAE, D_MODEL, seed=10), {"target": weights((1, 1.0)), "approximator": approximator}
     named = {
         "caa": {"positive": random(2, D_MODEL, seed=8), "negative": random(2, D_MODEL, seed=9)},
-        "sae": {"decoder_target": weights((1, 1.0)), "W_dec": random(D_SAE, D_MODEL, seed=10)},
-        "sae_ts": {"target": weights((1, 1.0)), "approximator": approximator},
+        "sae": {"decoder_target": weights((1, 1.0)), "W_dec": W_dec},
+        "sae_ts": target,
+        "pinverse": target,
+        "pinverse_raw": target,
+        "rotation": {**target, "W_dec": W_dec, "Q": torch.eye(D_MODEL)},
+        "fgaa": {"feature_contrast": weights((1, 1.0), (2, 0.5)), "approximator": approximator},
+        "ridge": target,
+        "constrained": {**target, "stillness": torch.ones(D_SAE)},
     }
     assert set(named) == set(METHODS) == set(METHOD_IDS)
     for method, allowed in named.items():
@@ -121,5 +129,140 @@ def test_a_method_reads_only_the_ingredients_it_names(approximator: EffectApprox
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_one_before_anything_is_read() -> None:
-    with pytest.raises(InputError, match="unknown method 'sae-ts'; known: caa, sae, sae_ts; did you mean 'sae_ts'"):
+    with pytest.raises(InputError, match="unknown method 'sae-ts'; known: caa, .*; did you mean 'sae_ts'"):
         build("sae-ts", Only())
+
+
+@pytest.mark.parametrize("method", ["pinverse", "pinverse_raw"])
+def test_the_pseudoinverse_is_the_least_squares_solution_for_the_unit_target(
+    method: str, approximator: EffectApproximator
+) -> None:
+    t = weights((3, 2.0), (6, 1.0))
+    found = build(method, SimpleNamespace(target=t, approximator=approximator))
+    M, b = approximator.M.double(), approximator.b.double()
+    expected = torch.linalg.inv(M @ M.T) @ M @ (t.double() / 5**0.5 - b)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    missed = (M.T @ found.double() + b - unit(t).double()).square().sum()
+    for step in 1e-2 * torch.eye(D_MODEL, dtype=torch.float64):
+        assert (M.T @ (found.double() + step) + b - unit(t).double()).square().sum() > missed
+
+
+def test_the_pseudoinverse_gives_nothing_to_directions_that_m_does_not_see(approximator: EffectApproximator) -> None:
+    unseen = unit(random(D_MODEL, seed=11))
+    M = approximator.M - torch.outer(unseen, unseen @ approximator.M)
+    blind = SimpleNamespace(target=weights((3, 1.0)), approximator=EffectApproximator(M, approximator.b))
+    for method in ("pinverse", "ridge"):
+        found = build(method, blind, ridge_penalty=0.0)
+        assert abs((found @ unseen).item()) < 1e-4 * found.norm().item()
+
+
+@pytest.mark.parametrize("bias_weight", [0.0, 0.5, 1.0])
+def test_rotation_turns_the_unit_target_and_goes_away_from_the_bias(bias_weight: float, approximator: EffectApproximator) -> None:
+    W_dec, Q = random(D_SAE, D_MODEL, seed=12), torch.linalg.qr(random(D_MODEL, D_MODEL, seed=13)).Q
+    t = weights((1, 0.5), (4, 2.0))
+    ingredients = SimpleNamespace(target=t, W_dec=W_dec, Q=Q, approximator=approximator)
+    found = build("rotation", ingredients, bias_weight=bias_weight)
+    expected = unit(Q @ unit(0.5 * W_dec[1] + 2 * W_dec[4])) - bias_weight * unit(approximator.M @ approximator.b)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 8])
+def test_fgaa_is_sae_ts_for_the_largest_contrasts_and_never_for_negative_ones(
+    kept: int, approximator: EffectApproximator
+) -> None:
+    contrast = torch.tensor([0.1, -5.0, 2.0, 0.0, -0.5, 1.0, 0.0, -1.0])
+    order = [(2, 2.0), (5, 1.0), (0, 0.1)]
+    found = build(
+        "fgaa", SimpleNamespace(feature_contrast=contrast, approximator=approximator), fgaa_features=kept, bias_weight=0.5
+    )
+    same = SimpleNamespace(target=weights(*order[:kept]), approximator=approximator)
+    assert torch.allclose(found, build("sae_ts", same, bias_weight=0.5), atol=1e-6)
+
+
+def test_fgaa_says_what_to_do_where_nothing_sets_the_texts_apart(approximator: EffectApproximator) -> None:
+    with pytest.raises(InputError, match="no feature fires more on the positive contrast texts"):
+        build("fgaa", SimpleNamespace(feature_contrast=weights((1, -1.0)), approximator=approximator))
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("size", [0.3, 4.0])
+def test_ridge_solves_its_normal_equations(penalty: float, size: float, approximator: EffectApproximator) -> None:
+    t = weights((3, 1.0), (6, 0.5))
+    ingredients = SimpleNamespace(target=t, approximator=approximator)
+    x = build("ridge", ingredients, ridge_penalty=penalty, ridge_target_size=size).double()
+    M, b = approximator.M.double(), approximator.b.double()
+    mean = M.square().sum() / D_MODEL
+    assert torch.allclose(M @ (M.T @ x + b - size * t.double()) + penalty * mean * x, torch.zeros_like(x), atol=1e-4)
+
+
+def test_the_ridge_path_begins_at_the_pseudoinverse(approximator: EffectApproximator) -> None:
+    t = weights((3, 2.0), (6, 1.0))
+    ingredients = SimpleNamespace(target=t, approximator=approximator)
+    start = build("ridge", ingredients, ridge_penalty=0.0, ridge_target_size=1 / t.norm().item())
+    assert torch.allclose(start, build("pinverse", ingredients), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias_weight", [0.0, 0.5, 1.0])
+def test_the_ridge_path_ends_in_sae_ts(bias_weight: float, approximator: EffectApproximator) -> None:
+    ingredients = SimpleNamespace(target=weights((3, 1.0), (6, 0.5)), approximator=approximator)
+    end = unit(build("ridge", ingredients, ridge_penalty=1e6, bias_weight=bias_weight))
+    assert torch.allclose(end, unit(build("sae_ts", ingredients, bias_weight=bias_weight)), atol=1e-5)
+
+
+def test_the_ridge_path_of_another_target_size_ends_in_sae_ts_of_another_weight(approximator: EffectApproximator) -> None:
+    t, size = weights((3, 1.0), (6, 0.5)), 2.0
+    ingredients = SimpleNamespace(target=t, approximator=approximator)
+    M, b = approximator.M, approximator.b
+    end = unit(build("ridge", ingredients, ridge_penalty=1e6, ridge_target_size=size))
+    weight = (M @ b).norm() / (size * (M @ t).norm())
+    assert torch.allclose(end, unit(build("sae_ts", ingredients, bias_weight=weight.item())), atol=1e-5)
+
+
+D, FEATURES = 24, 200
+
+
+@pytest.fixture(scope="module")
+def planted() -> SimpleNamespace:
+    """Effects along decoder rows turned by Q, a bias common to all vectors, and texts that differ along the target's column.
+
+    The target's predicted effect and the contrast of texts have the same direction, which all methods should find: for SAE, which
+    knows nothing of effects, nothing is turned.
+    """
+    generator = torch.Generator().manual_seed(14)
+    W_dec = torch.nn.functional.normalize(torch.randn(FEATURES, D, generator=generator), dim=1)
+    turn = torch.linalg.qr(torch.eye(D) + 0.1 * torch.randn(D, D, generator=generator)).Q
+    turn = turn * (turn.diagonal().sign())[None]
+    M = 2 * (W_dec @ turn.T).T
+    b = 0.02 * torch.randn(FEATURES, generator=generator)
+    direction = M[:, 7] / 2
+    noise = torch.randn(12, D, generator=generator)
+    target = torch.zeros(FEATURES)
+    target[7] = 1.0
+    contrast = 0.2 * torch.randn(FEATURES, generator=generator)
+    contrast[7] = 9.0
+    return SimpleNamespace(
+        direction=direction,
+        positive=noise + direction,
+        negative=noise - direction,
+        target=target,
+        decoder_target=target,
+        W_dec=W_dec,
+        Q=procrustes(W_dec, M),
+        approximator=EffectApproximator(M, b),
+        stillness=torch.ones(FEATURES),
+        feature_contrast=contrast,
+    )
+
+
+@pytest.mark.parametrize("method", METHOD_IDS)
+def test_every_method_finds_the_planted_direction(method: str, planted: SimpleNamespace) -> None:
+    found = unit(build(method, planted, bias_weight=0.2))
+    chance = random(1000, D, seed=15)
+    found_by_chance = ((chance / chance.norm(dim=1, keepdim=True)) @ planted.direction).max()
+    assert found @ planted.direction > 0.8 > found_by_chance
+
+
+def test_options_that_a_method_does_not_have_change_nothing(planted: SimpleNamespace) -> None:
+    options = {"bias_weight": 0.3, "ridge_penalty": 5.0, "fgaa_features": 2, "stillness": "equal", "max_density": 0.5}
+    assert torch.equal(build("caa", planted, **options), build("caa", planted))
+    assert options_of("ridge", options) == {"bias_weight": 0.3, "ridge_penalty": 5.0}

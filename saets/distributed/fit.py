@@ -56,6 +56,7 @@ class Outcome(NamedTuple):
 
     M: np.ndarray
     b: np.ndarray
+    feature_r2: np.ndarray
     report: dict[str, Any]
 
 
@@ -127,7 +128,8 @@ def fit(
     outcome: Outcome | str = result.return_value
     if isinstance(outcome, str):
         raise InputError(outcome)
-    return FitResult(EffectApproximator(torch.from_numpy(outcome.M), torch.from_numpy(outcome.b)), outcome.report)
+    M, b, feature_r2 = (torch.from_numpy(array) for array in (outcome.M, outcome.b, outcome.feature_r2))
+    return FitResult(EffectApproximator(M, b, feature_r2=feature_r2), outcome.report)
 
 
 def _check_summed(summed: Moments, rows: MeasuredRows, settings: Fit) -> None:
@@ -253,14 +255,14 @@ class Share:
         for columns in self._held_out.batches(at_once):
             yield _Rows(*columns).on(self.device)
 
-    def score(self, approximator: EffectApproximator) -> dict[str, Any]:
-        """The held-out report of a fit to the training rows, by all workers together."""
+    def score(self, approximator: EffectApproximator) -> HeldOutScores:
+        """How a fit to the training rows predicts those held out, by all workers together."""
         sums = torch.stack([moments.y for moments in self.moments]) if self.moments else self.effects
         scores = HeldOutScores(*(sums / self.weight[:, None]))
         for x, y, errors, w in self._rows_held_out(max(int(SCORED_AT_ONCE * self._batch_rows), 1)):
             scores.add(approximator, x.float(), y.float(), errors, w)
         sum_over_workers(scores.tensors())
-        return scores.report()
+        return scores
 
 
 class _Rows(NamedTuple):
@@ -286,8 +288,10 @@ class Solution(NamedTuple):
     """What a solver makes of the rows."""
 
     final: EffectApproximator
+    scores: HeldOutScores
+    """Of the fit to the training rows alone."""
     report: dict[str, Any]
-    """Of the solver, and `held_out`: of the fit to the training rows alone."""
+    """Of the solver."""
 
 
 def train(config: dict[str, Any]) -> Outcome | str | None:
@@ -317,10 +321,14 @@ def train(config: dict[str, Any]) -> Outcome | str | None:
         "capped_weight": settings.capped_weight,
         "workers": settings.workers,
         **solution.report,
+        "held_out": solution.scores.report(),
     }
     if settings.solver == "ridge":
         ray.train.report({"held_out_r2": report["held_out"]["r2"]})
-    return None if rank else Outcome(solution.final.M.cpu().numpy(), solution.final.b.cpu().numpy(), report)
+    if rank:
+        return None
+    M, b, feature_r2 = solution.final.M, solution.final.b, solution.scores.feature_r2().float()
+    return Outcome(M.cpu().numpy(), b.cpu().numpy(), feature_r2.cpu().numpy(), report)
 
 
 def _check_storage(state: Location) -> None:
@@ -338,8 +346,7 @@ def _ridge(share: Share) -> Solution:
     penalty, errors = choose_penalty(RidgePath(train), held_out, share.settings.penalties)
     scores = share.score(ridge(train, penalty))
     train += held_out
-    report = {"penalty": penalty, "held_out_mse_by_penalty": errors, "held_out": scores}
-    return Solution(ridge(train, penalty), report)
+    return Solution(ridge(train, penalty), scores, {"penalty": penalty, "held_out_mse_by_penalty": errors})
 
 
 def _adam(share: Share) -> Solution:
@@ -348,4 +355,4 @@ def _adam(share: Share) -> Solution:
     found = descend(share.training, settings, share.seed, share.d_model, share.d_sae, share.device)
     of_adam = {name: getattr(settings, name) for name in ("learning_rate", "batch_size", "epochs")}
     report = {**of_adam, "mse_by_epoch": found.mse_by_epoch, "resumed_at_epoch": found.resumed_at_epoch}
-    return Solution(found.approximator, {**report, "held_out": share.score(found.approximator)})
+    return Solution(found.approximator, share.score(found.approximator), report)

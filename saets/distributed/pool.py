@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from saets.config import Experiment
+from saets.contrast import FeatureContrast
 from saets.distributed.cluster import Cluster, actor_count, input_error
+from saets.engine.calibration import ScaleRange
 from saets.generation import SteeringWorker
 from saets.goal import Goal
 from saets.judge.local import LocalJudge
@@ -44,6 +46,15 @@ class SteeringActor:
 
     def contrast(self, goal: Goal) -> dict[str, NDArray[np.float32]]:
         return self.worker.contrast(goal)
+
+    def feature_contrast(self, goal: Goal) -> FeatureContrast:
+        return self.worker.feature_contrast(goal)
+
+    def feature_density(self) -> NDArray[np.float32]:
+        return self.worker.feature_density()
+
+    def scale_range(self, direction: NDArray[np.float32]) -> ScaleRange:
+        return self.worker.scale_range(direction)
 
     def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
         if self._judge is None:

@@ -58,6 +58,22 @@ class Calibration(NamedTuple):
     """The scale that broke the model."""
 
 
+ONSET = 0.1
+"""Share of the calibrated rise in loss at which steering begins to show."""
+
+ONSET_GRID = 10
+"""Steps from 0 to the calibrated scale in which the onset is sought."""
+
+
+class ScaleRange(NamedTuple):
+    """From where steering shows to where text begins to break, for one vector."""
+
+    low: float
+    """Scale at which the loss has risen by `ONSET` of what it rises by at `high.scale`; NaN where it does not rise."""
+    high: Calibration
+    """The calibrated scale."""
+
+
 class Calibrator:
     """Finds scales for one model, hook and calibration text."""
 
@@ -128,6 +144,27 @@ class Calibrator:
             found = self.losses([(direction, scale) for direction in directions])
             return [_finite(Calibration(scale, loss, "fixed"), scale) for loss in found]
         searches = [_Search(self.rule, self.unsteered_loss, self.target, self._first) for _ in directions]
+        return self._found(searches, directions)
+
+    def ranges(self, directions: Sequence[Float[Tensor, " d_model"]]) -> list[ScaleRange]:
+        """The scales between which each unit vector is of use.
+
+        The onset is where the loss crosses `ONSET` of the calibrated rise, on the line between two of `ONSET_GRID` steps.
+        """
+        highs = self.calibrate(directions)
+        rising = [i for i, high in enumerate(highs) if high.loss > self.unsteered_loss and high.scale > 0]
+        searches = [self._onset(highs[i]) for i in rising]
+        lows = dict(zip(rising, self._found(searches, [directions[i] for i in rising]), strict=True))
+        return [ScaleRange(lows[i].scale if i in lows else math.nan, high) for i, high in enumerate(highs)]
+
+    def _onset(self, high: Calibration) -> _Search:
+        """The search for where the loss has risen by a share of what it rises by at a calibrated scale."""
+        grid = tuple(high.scale * step / ONSET_GRID for step in range(ONSET_GRID + 1))
+        target = self.unsteered_loss + ONSET * (high.loss - self.unsteered_loss)
+        return _Search(ScaleRule(grid=grid), self.unsteered_loss, target, first=round(math.sqrt(ONSET) * ONSET_GRID))
+
+    def _found(self, searches: Sequence[_Search], directions: Sequence[Float[Tensor, " d_model"]]) -> list[Calibration]:
+        """What each direction's search ends with; losses that several ask for at once are measured together."""
         while any(asking := [search.wanted() for search in searches]):
             points = [(i, scale) for i, scales in enumerate(asking) for scale in scales]
             found = self.losses([(directions[i], scale) for i, scale in points])

@@ -30,9 +30,16 @@ class Steps(Protocol):
     """A batch of rows being decoded."""
 
     def prompts(
-        self, tokens: Int[Tensor, "prompts pos"], added: Float[Tensor, "prompts d_model"], rows: slice, of: Int[Tensor, " rows"]
+        self,
+        tokens: Int[Tensor, "prompts pos"],
+        added: Float[Tensor, "prompts at d_model"],
+        rows: slice,
+        of: Int[Tensor, " rows"],
     ) -> Float[Tensor, "prompts d_vocab"]:
-        """Read prompts once each, for all the rows that begin with them; logits of their next token."""
+        """Read prompts once each, for all the rows that begin with them; logits of their next token.
+
+        What is added is given for each position, or once for all of them.
+        """
         ...
 
     def step(self, tokens: Int[Tensor, " rows"], position: int, added: Float[Tensor, "rows d_model"], *, last: bool) -> Step:

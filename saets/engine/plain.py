@@ -107,7 +107,7 @@ class PlainDecoder:
         added = torch.zeros(2, self.d_model, device=self.device, dtype=self.dtype)
         try:
             with self.steps(2, 6) as running:
-                running.prompts(tokens[:, :3], added, slice(0, 2), torch.arange(2, device=self.device))
+                running.prompts(tokens[:, :3], added[:, None], slice(0, 2), torch.arange(2, device=self.device))
                 for position in range(3, 6):
                     found = running.step(tokens[:, position], position, added, last=False)
             residual = self.lower(tokens)
@@ -141,7 +141,7 @@ class _PlainSteps:
             raise _Caught(hidden)
         assert self._added is not None
         self._residual = hidden
-        steered = hidden + self._added[:, None, :].to(hidden.device)
+        steered = hidden + self._added.to(hidden.device)
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     @torch.no_grad()
@@ -156,13 +156,13 @@ class _PlainSteps:
     def step(self, tokens: Tensor, position: int, added: Tensor, *, last: bool) -> Step:
         self._last = last
         try:
-            logits = self._forward(tokens[:, None], position, added)
+            logits = self._forward(tokens[:, None], position, added[:, None])
         except _Caught as caught:
             return Step(caught.residual[:, -1], None)
         assert self._residual is not None
         return Step(self._residual[:, -1], logits)
 
-    def _forward(self, tokens: Tensor, position: int, added: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, position: int, added: Float[Tensor, "rows at d_model"]) -> Tensor:
         self._added, self._residual = added, None
         self._cache.position = position
         at = torch.arange(position, position + tokens.shape[1], device=tokens.device)[None]

@@ -1,9 +1,9 @@
 """Steered rollouts in which every row has its own vector, scale, prompt and seed.
 
-One dense `[rows, d_model]` buffer is added to the residual stream at the hook, at every position: BOS, prompt and generated
-tokens alike. All rows have one length, so there is no padding and no mask. Blocks up to the hook never see the vector, so the
-residual caught there before it is added IS the unsteered residual of the generated text, and effects need no second pass
-(method, identities 1, 3 and 5). Rows of one vector that begin with the same prompt share the reading of it.
+One dense `[rows, d_model]` buffer is added to the residual stream at the hook, at every position unless told otherwise: BOS,
+prompt and generated tokens alike. All rows have one length, so there is no padding and no mask. Blocks up to the hook never see
+the vector, so the residual caught there before it is added IS the unsteered residual of the generated text, and effects need no
+second pass (method, identities 1, 3 and 5). Rows of one vector that begin with the same prompt share the reading of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from saets.engine.decoder import Steps
 from saets.engine.graphs import StepGraphs
 from saets.engine.sampling import sample_top_k
 from saets.errors import InputError
+from saets.positions import EVERYWHERE, Positions
 from saets.shapes import Float, Int
 from saets.tokens import encode as encode_text
 
@@ -68,20 +69,21 @@ class RolloutEngine:
         encode: Encode | None = None,
         *,
         share_prompts: bool = True,
+        positions: Positions = EVERYWHERE,
     ) -> Rollouts:
         """Roll out the rows to `length` tokens, BOS and prompt included.
 
         `vectors` are scale x unit vector. `encode` is applied to h_L of every generated position, the last one included, and
         summed a row; BOS and prompt positions have the same h_L with and without a vector and are left out. With
         `share_prompts` the last bits of a row depend on how many rows of its batch have which prompt; without it only on the
-        number of rows.
+        number of rows. `positions` says which of them are steered; those left out cost as much as the others.
 
         Raises:
             InputError: no rows, a prompt that leaves no free position, vectors of another width, with NaN or infinity, or fewer
                 than the rows name.
             RuntimeError: the hook did not run, so the rows would not have been steered.
         """
-        batch = self._batch(rows, vectors, length, share=share_prompts and self.decoder.shares_prompts)
+        batch = self._batch(rows, vectors, length, share=share_prompts and self.decoder.shares_prompts, positions=positions)
         if self._graphs is not None:
             batch = self._graphs.adopt(batch, encode)
         with self.decoder.steps(len(rows), length) as steps:
@@ -102,7 +104,7 @@ class RolloutEngine:
         """Read the tokens at one position and draw the next ones; runs on the device without waiting for it."""
         active, generated = batch.reading(position), batch.generated(position)
         last = position == batch.length - 1
-        step = steps.step(batch.tokens[:active, position], position, batch.added[:active], last=last)
+        step = steps.step(batch.tokens[:active, position], position, batch.added(position), last=last)
         if encode is not None and generated:
             batch.add(encode(step.residual[:generated].float()))
         if step.logits is not None:
@@ -134,7 +136,7 @@ class RolloutEngine:
             raise InputError(f"prompt {prompt!r} is text, and the engine has no tokenizer; give token ids or a tokenizer")
         return tuple(encode_text(self.tokenizer, prompt))
 
-    def _batch(self, rows: Sequence[Row], vectors: Tensor | None, length: int, *, share: bool) -> Batch:
+    def _batch(self, rows: Sequence[Row], vectors: Tensor | None, length: int, *, share: bool, positions: Positions) -> Batch:
         prompts = self.prompt_tokens(rows, length)
         d_model = self.decoder.d_model
         vectors = torch.zeros(0, d_model) if vectors is None else vectors
@@ -145,4 +147,4 @@ class RolloutEngine:
         named = [row.vector for row in rows if row.vector is not None]
         if named and not 0 <= min(named) <= max(named) < len(vectors):
             raise InputError(f"rows name vectors {min(named)} to {max(named)}; {len(vectors)} were given")
-        return Batch(rows, prompts, vectors.to(self.device, self.dtype), length, share=share)
+        return Batch(rows, prompts, vectors.to(self.device, self.dtype), length, share=share, positions=positions)

@@ -93,13 +93,18 @@ def evaluate(session: Session, vectors: dict[Pair, SteeringVector], *, generate:
 def generation_items(session: Session, vectors: dict[Pair, SteeringVector]) -> list[GenerationItem]:
     """Every completion of the experiment: goals x methods x scales x prompts x samples; scale 0 once a goal, as `unsteered`.
 
+    A vector that was left at its own length (`pinverse_raw`) is added at each scale times that length, which is the scale of the
+    table then: all methods stand on one axis.
     A completion's noise is seeded by prompt and sample number alone, so methods and scales share it.
     """
     experiment = session.experiment
     settings = experiment.evaluation
     identity = settings_hash([model_settings(experiment), experiment.hook_name, sampling_settings(experiment)])
     steered = [
-        (goal, method, vector.id, scale) for (goal, method), vector in vectors.items() for scale in settings.scales if scale > 0
+        (goal, method, vector.id, scale * vector.provenance.get("raw_length", 1.0))
+        for (goal, method), vector in vectors.items()
+        for scale in settings.scales
+        if scale > 0
     ]
     unsteered = [(goal, UNSTEERED, UNSTEERED, 0.0) for goal in dict.fromkeys(goal for goal, _ in vectors) if 0 in settings.scales]
     items = []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from saets.approximator import EffectApproximator
 from saets.config import Fit, settings_hash
 from saets.distributed import fit as distributed
 from saets.errors import InputError
@@ -59,7 +59,7 @@ def fit_approximator(session: Session) -> None:
         provenance = {"model": experiment.model.name, "hook_name": experiment.hook_name, "fit": report}
     else:
         provenance = {**effect_settings(experiment), "fit": report}
-    EffectApproximator(approximator.M, approximator.b, provenance).save(run.approximator)
+    replace(approximator, provenance=provenance).save(run.approximator)
     run.write_fit(report)
     run.update_manifest(fit={"inputs": inputs})
 

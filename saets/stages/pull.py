@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,13 @@ def use_published(session: Session) -> None:
     pull_approximator(session)
 
 
+def use_published_rotation(session: Session) -> None:
+    """Fetch the rotation that was published with the run's approximator, where the experiment names one and it is not there."""
+    run, spec = session.run, _spec(session)
+    if spec.rotation is not None and _published(run) and not run.rotation.is_file():
+        _pull_rotation(session, spec, spec.rotation)
+
+
 def use_published_effects(session: Session) -> None:
     """Say that published effects are fitted instead of effects measured here, and have them in the run folder."""
     logger.warning(
@@ -117,7 +125,7 @@ def pull_approximator(session: Session) -> None:
 def _save_approximator(session: Session, approximator: EffectApproximator, report: dict[str, Any]) -> None:
     run = session.run
     provenance = {"model": session.experiment.model.name, "hook_name": session.experiment.hook_name, **report}
-    EffectApproximator(approximator.M, approximator.b, provenance).save(run.approximator)
+    replace(approximator, provenance=provenance).save(run.approximator)
     run.write_fit(report)
     run.update_manifest(fit={"inputs": settings_hash(report["published"]), **report})
 

@@ -128,15 +128,17 @@ class Targets:
 class Rollouts:
     """How numbers and lengths of rollouts are compared."""
 
-    tokens: int = 200_000
+    tokens: int = 120_000
     """Of all rollouts together, at each number and length."""
     each: tuple[int, ...] = (1, 3, 12)
     """Rollouts a prompt."""
     baseline_each: int = 80
     """Of the baseline, at each number and length."""
     lengths: tuple[int, ...] = (12, 20, 32)
-    truth_vectors: int = 24
+    truth_vectors: int = 16
     truth_each: int = 64
+    truth_blocks: int = 4
+    """Of the baseline, with as many rollouts each as a vector has."""
     truth_length: int = 32
 
 

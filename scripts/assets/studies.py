@@ -68,7 +68,8 @@ def rollouts(build: Build, folder: Path) -> Mapping[str, Any]:
         InputError: tokens for fewer than two vectors, or for more than the SAE has rows.
     """
     study, order = build.settings.rollouts, measuring.decoder_rows(build)
-    told = (f"effects.rollouts={study.truth_each}", f"effects.length={study.truth_length}")
+    measured = {"rollouts": study.truth_each, "length": study.truth_length, "baseline_blocks": study.truth_blocks}
+    told = [f"effects.{name}={value}" for name, value in measured.items()]
     experiment = _of_shipped_sae(build, order[: study.truth_vectors], 0, *told)
     prompts = [len(encode(load_tokenizer(build), prompt)) for prompt in experiment.effects.prompts]
     most = len(order) - study.truth_vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,27 @@ def test_calibrating_leaves_the_model_as_it_was(tiny: Any, text: Path) -> None:
 def test_a_hook_that_the_model_does_not_have_is_refused(tiny: Any) -> None:
     with pytest.raises(InputError, match="unknown hook name 'blocks.9.hook_resid_post'"):
         decoder_for(tiny, "blocks.9.hook_resid_post")
+
+
+@pytest.mark.parametrize("rule", [{}, {"fixed_scale": 12.0}, {"loss_increase": 50.0}])
+def test_steering_shows_where_the_loss_has_risen_by_a_tenth_of_the_calibrated_rise(
+    tiny: Any, text: Path, rule: dict[str, Any]
+) -> None:
+    found = calibrator(tiny, effects(text, **rule))
+    directions = [direction(seed) for seed in range(6)]
+    calibrated = found.calibrate(directions)
+    rising = 0
+    for (low, high), vector, alone in zip(found.ranges(directions), directions, calibrated, strict=True):
+        assert high == alone
+        if high.loss <= found.unsteered_loss:
+            assert math.isnan(low)
+            continue
+        rising += 1
+        assert 0 < low < high.scale
+        wanted = found.unsteered_loss + 0.1 * (high.loss - found.unsteered_loss)
+        steps = [high.scale * step / 10 for step in range(11)]
+        losses = [loss(tiny, scale * vector) for scale in steps]
+        at = next(i for i in range(1, 11) if steps[i] >= low - 1e-6)
+        line = losses[at - 1] + (low - steps[at - 1]) / (steps[at] - steps[at - 1]) * (losses[at] - losses[at - 1])
+        assert line == pytest.approx(wanted, abs=2e-4)
+    assert rising > 2

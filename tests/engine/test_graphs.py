@@ -12,6 +12,7 @@ from saets.engine.batch import Row
 from saets.engine.graphs import StepGraphs
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
+from saets.positions import Positions
 
 HOOK = "blocks.2.hook_resid_post"
 
@@ -37,6 +38,15 @@ def test_a_batch_in_the_tensors_of_an_earlier_one_gives_what_a_fresh_one_gives(t
         found = kept.run(rows(what), vectors(seed), 14, encode)
         assert torch.equal(found.tokens, expected.tokens)
         assert torch.equal(found.sums, expected.sums)
+
+
+def test_a_batch_steered_at_other_positions_takes_new_tensors(tiny: Any) -> None:
+    fresh, kept = RolloutEngine(tiny, HOOK, top_k=20), RolloutEngine(tiny, HOOK, top_k=20)
+    kept._graphs = StepGraphs()
+    kept._graphs._off = True
+    for positions in (Positions(), Positions("prompt"), Positions("generated")):
+        expected = fresh.run(rows("one"), 20 * vectors(0), 14, positions=positions)
+        assert torch.equal(kept.run(rows("one"), 20 * vectors(0), 14, positions=positions).tokens, expected.tokens)
 
 
 def test_another_shape_or_encoder_takes_new_tensors(tiny: Any) -> None:

@@ -14,6 +14,7 @@ from saets.engine.plain import PlainDecoder
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed, sample_top_k
 from saets.errors import InputError
+from saets.positions import Positions
 
 HOOK = "blocks.2.hook_resid_post"
 LENGTH = 14
@@ -105,6 +106,28 @@ def test_the_tokens_are_those_of_a_full_pass_steered_at_every_position(tiny: Any
         following = [start[position] if position < len(start) else token for start, token in zip(starts, drawn, strict=True)]
         expected = torch.cat([expected, torch.tensor(following)[:, None]], dim=1)
     assert torch.equal(engine.run(batch, added, LENGTH).tokens, expected)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(
+    "positions", [Positions("all", bos=False), Positions("prompt"), Positions("prompt", bos=False), Positions("generated")]
+)
+def test_only_the_chosen_positions_are_steered(tiny: Any, engine: RolloutEngine, positions: Positions, share: bool) -> None:
+    batch, added = rows(8), scaled(8, 30.0)
+    starts = torch.tensor([[len(row.prompt) + 1] for row in batch])
+    seeds = torch.tensor([row.seed for row in batch])
+    tokens, sums = engine.run(batch, added, LENGTH, lambda residual: residual, share_prompts=share, positions=positions)
+    at = torch.arange(LENGTH - 1)
+    steered = {"all": at >= 0, "prompt": at < starts, "generated": at >= starts}[positions.where] & (at >= (not positions.bos))
+    with tiny.hooks(fwd_hooks=[(HOOK, lambda residual, hook: residual + steered.expand(8, -1)[..., None] * added[:, None, :])]):
+        logits = tiny(tokens[:, :-1])
+    for position in range(1, LENGTH):
+        drawn = sample_top_k(logits[:, position - 1], seeds, position, top_k=20, temperature=1.0)
+        free = position >= starts[:, 0]
+        assert torch.equal(tokens[free, position], drawn[free])
+    unsteered = residual_of(tiny, tokens)
+    for row, summed, residual in zip(batch, sums, unsteered, strict=True):
+        assert torch.allclose(summed, residual[len(row.prompt) + 1 :].sum(0), rtol=1e-4, atol=1e-2)
 
 
 def test_every_row_begins_with_bos_and_its_prompt(engine: RolloutEngine) -> None:
