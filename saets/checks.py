@@ -91,7 +91,8 @@ def check_all(experiment: Experiment, *, judged: bool = True) -> list[Goal]:
     if judged:
         check_judge(experiment.judge)
     check_experiment(experiment)
-    if any(needs(method, "positive") for method in experiment.steering.methods):
+    read = ("positive", "feature_contrast")
+    if any(needs(method, ingredient) for method in experiment.steering.methods for ingredient in read):
         tokenizer = load_tokenizer(experiment.model)
         for goal in goals:
             check_contrast(tokenizer, goal)
@@ -116,11 +117,13 @@ def check_vector(experiment: Experiment, vector: SteeringVector, *, force: bool 
         return
     if vector.model and not same_model(vector.model, experiment.model.name):
         raise InputError(
-            f"the vector was made for {vector.model} and this experiment steers {experiment.model.name}; where they are the same "
-            "weights, `saets import` with --force takes it over"
+            f"the vector was made for {vector.model} and this experiment steers {experiment.model.name}; give --force if they "
+            "are the same weights"
         )
     if vector.hook_name != experiment.hook_name:
-        raise InputError(f"the vector is for {vector.hook_name}; this run steers at {experiment.hook_name}")
+        raise InputError(
+            f"the vector is for {vector.hook_name}; this run steers at {experiment.hook_name}; give --force to add it there"
+        )
 
 
 def check_model_kind(experiment: Experiment, kind: str) -> None:

@@ -110,7 +110,7 @@ class Run:
         """Completions (new text only), steered by `scale` x the vector at the vector's positions, or unsteered.
 
         The same seed gives the same noise at every scale and for every vector. `prompt_format` is the evaluation's where none is
-        given; in `chat` the template's positions are steered too, and a completion is the assistant's answer.
+        given; in `chat` the template's positions are part of the prompt, and a completion is the assistant's answer.
 
         Raises:
             InputError: the vector has another width or, without `force`, belongs to another model or hook; `chat` without a chat
@@ -142,8 +142,8 @@ class Run:
         seeds = [row_seed(seed, "complete", prompt, sample) for sample in range(samples)]
         rows = [Row(start, noise, None if vector is None else which) for which in range(len(scales)) for noise in seeds]
         positions = EVERYWHERE if vector is None else vector.positions
-        tokens = self.engine.run(rows, added, len(start) + new_tokens, positions=positions).tokens[:, len(start) :].tolist()
-        texts = [completion_text(tokenizer, row, ends) for row in tokens]
+        tokens = self.engine.run(rows, added, len(start) + new_tokens, positions=positions).tokens
+        texts = [completion_text(tokenizer, row[len(start) :].tolist(), ends) for row in tokens]
         return [texts[at : at + samples] for at in range(0, len(texts), samples)]
 
     def measure(self, vector: SteeringVector, *, force: bool = False) -> MeasuredEffect:
@@ -167,11 +167,11 @@ class Run:
         labels: Mapping[int, str] | None = None,
         force: bool = False,
     ) -> pl.DataFrame:
-        """Predicted effects at the calibrated scale: columns `feature, predicted, common, label`.
+        """Predicted effects at the calibrated scale: columns `feature, predicted, common, feature_r2, label`.
 
         The given features come first, then the `top` others that change most. `common` is b, the part of a prediction that every
-        vector has. `measure` adds the columns `measured` and `standard_error`. A label is the given one, or the context on which
-        the feature fires most; null where neither is known.
+        vector has; `feature_r2` how well the feature is predicted for held-out vectors. `measure` adds the columns `measured` and
+        `standard_error`. A label is the given one, or the context on which the feature fires most; null where neither is known.
 
         Raises:
             InputError: no such feature; as `measure`.

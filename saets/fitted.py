@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,4 +98,5 @@ def _fit(known: KnownRows, experiment: Experiment) -> Fitted:
         "held_out": scores.report(),
         "rows_shipped": sum(counts),
     }
-    return Fitted(ridge(train, penalty), report, f"{sum(counts):,} measured vectors that come with {experiment.name}")
+    approximator = replace(ridge(train, penalty), feature_r2=scores.feature_r2().float())
+    return Fitted(approximator, report, f"{sum(counts):,} measured vectors that come with {experiment.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,8 +59,8 @@ def effect_table(
 ) -> pl.DataFrame:
     """The features given, then the `top` others whose predicted effect is largest in size.
 
-    Columns: `feature`; `predicted`, x M + b; `common`, the b in it, which every vector has; with a measurement `measured` and
-    `standard_error`.
+    Columns: `feature`; `predicted`, x M + b; `common`, the b in it, which every vector has; `feature_r2`, how well the feature is
+    predicted for held-out vectors, null where that is not known; with a measurement `measured` and `standard_error`.
     """
     predicted = approximator.predict(vector.direction)
     others = [feature for feature in predicted.abs().argsort(descending=True).tolist() if feature not in set(features)]
@@ -68,10 +69,15 @@ def effect_table(
         "feature": order,
         "predicted": predicted[order].tolist(),
         "common": approximator.b[order].tolist(),
+        "feature_r2": [None if math.isnan(r2) else r2 for r2 in _r2(approximator)[order].tolist()],
     }
     if measured is not None:
         columns |= {"measured": measured.effect[order], "standard_error": measured.standard_error[order]}
-    return pl.DataFrame(columns)
+    return pl.DataFrame(columns, schema_overrides={"feature_r2": pl.Float64})
+
+
+def _r2(approximator: EffectApproximator) -> Float[torch.Tensor, " d_sae"]:
+    return torch.full_like(approximator.b, torch.nan) if approximator.feature_r2 is None else approximator.feature_r2
 
 
 def target_weights(target: Mapping[int, float], d_sae: int) -> Float[torch.Tensor, " d_sae"]:

@@ -116,13 +116,18 @@ def test_a_chat_longer_than_a_rollout_is_refused_with_both_lengths(
     assert "effects.length is 16, but prompt 'The weather' is 30 tokens in the chat template; expected at least 31" in line
 
 
-def test_contrast_pairs_in_chat_form_need_a_chat_template(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["caa", "fgaa"])
+def test_contrast_pairs_in_chat_form_need_a_chat_template(
+    method: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     sides = {
         side: [{"user": "Who is there?", "assistant": f"{who} {i}"} for i in range(10)]
         for side, who in (("positive", "cat"), ("negative", "dog"))
     }
     goal = goal_file(tmp_path, contrast=sides)
-    line = said([*TINY, "--set", f"steering.goals=['london', 'wedding', '{goal}']", "--set", "steering.methods=['caa']"], capsys)
+    line = said(
+        [*TINY, "--set", f"steering.goals=['london', 'wedding', '{goal}']", "--set", f"steering.methods=['{method}']"], capsys
+    )
     assert "goal 'cats' has contrast pairs in chat form, and the model's tokenizer has no chat template" in line
 
 

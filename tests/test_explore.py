@@ -131,13 +131,22 @@ def test_a_forecast_shows_the_features_asked_for_and_then_the_strongest_others(r
     found = run.forecast(vector, top=5, features=[3, 5])
     predicted = vector.direction @ run.approximator.M + run.approximator.b
     others = [feature for feature in predicted.abs().argsort(descending=True).tolist() if feature not in (3, 5)]
-    assert found.columns == ["feature", "predicted", "common", "label"]
+    assert found.columns == ["feature", "predicted", "common", "feature_r2", "label"]
     assert found["feature"].to_list() == [3, 5, *others[:5]]
     assert found["predicted"].to_list() == pytest.approx(predicted[found["feature"].to_list()].tolist(), abs=1e-5)
     assert found["common"].to_list() == pytest.approx(run.approximator.b[found["feature"].to_list()].tolist())
+    r2 = run.approximator.feature_r2
+    assert r2 is not None
+    assert found["feature_r2"].to_list() == pytest.approx(r2[found["feature"].to_list()].tolist())
     assert run.forecast(vector, top=0, features=[7])["feature"].to_list() == [7]
     with pytest.raises(InputError, match="no feature 64"):
         run.forecast(vector, features=[64])
+
+
+def test_where_the_r2_of_features_is_not_known_it_is_null(run: Run, vector: SteeringVector, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "own")
+    EffectApproximator(run.approximator.M, run.approximator.b).save(folder.approximator)
+    assert Run(folder.path, run.experiment).forecast(vector, top=2)["feature_r2"].is_null().all()
 
 
 def test_labels_that_are_given_stand_beside_their_features(run: Run, vector: SteeringVector) -> None:
@@ -154,7 +163,7 @@ def test_a_measured_effect_is_the_one_that_the_effects_stage_writes(run: Run, me
     assert found.n_rollouts == row["n_rollouts"]
     assert np.sqrt(np.square(found.standard_error).mean()) == pytest.approx(row["standard_error"], rel=0.3)
     table = run.forecast(vector, top=3, features=[9], measure=True)
-    assert table.columns == ["feature", "predicted", "common", "measured", "standard_error", "label"]
+    assert table.columns == ["feature", "predicted", "common", "feature_r2", "measured", "standard_error", "label"]
     assert table["measured"].to_list() == found.effect[table["feature"].to_list()].tolist()
 
 

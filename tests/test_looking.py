@@ -148,7 +148,7 @@ def test_in_a_terminal_prompts_are_typed_and_what_is_wrong_with_one_is_no_end(
         (["--prompt-format", "chat"], "evaluation.prompt_format is 'chat', and the model's tokenizer has no chat template"),
         (
             ["--set", "hook_name=blocks.1.hook_resid_post"],
-            "is for blocks.2.hook_resid_post, and this experiment steers at blocks.1",
+            "is for blocks.2.hook_resid_post; this run steers at blocks.1",
         ),
     ],
 )
@@ -174,14 +174,14 @@ def test_a_forecast_says_what_it_is_worth(shipped: list[str], capsys: pytest.Cap
     options = ["--feature", "3:1", "--feature", "5:0.5", "--top", "4", "--labels", "labels.csv", "--measure"]
     assert main(["forecast", "tiny", *shipped, *options]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["feature", "target", "predicted", "common", "measured", "s.e.", "about"]
+    assert lines[0] == ["feature", "target", "predicted", "common", "R2", "measured", "s.e.", "about"]
     assert [line[:2] for line in lines[1:3]] == [["3", "1"], ["5", "0.5"]]
     assert lines[1][-2:] == ["[red]", "three"]
     run = Run("none", load_experiment("tiny", shipped_changes(shipped)))
     vector = run.target({3: 1.0, 5: 0.5})
     found = run.forecast(vector, top=4, features=[3, 5], measure=True)
     assert [int(line[0]) for line in lines[1:7]] == found["feature"].to_list()
-    assert float(lines[1][4]) == pytest.approx(found["measured"][0], abs=1e-3)
+    assert float(lines[1][5]) == pytest.approx(found["measured"][0], abs=1e-3)
     text = " ".join(word for line in lines[7:] for word in line)
     record = run.evidence.record()
     assert f"leverage {run.evidence.reach(vector).leverage:.3f}" in text
@@ -200,6 +200,14 @@ def test_a_forecast_of_an_imported_vector_has_the_target_that_is_asked_for(
     printed = capsys.readouterr().out
     assert printed.splitlines()[1].split()[:2] == ["9", "2"]
     assert "target: predicted" in printed
+
+
+def test_a_forecast_of_a_vector_that_steers_some_positions_says_that_effects_are_those_at_all(
+    shipped: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    SteeringVector.load("mine.safetensors").at("generated").save("some.safetensors")
+    assert main(["forecast", "tiny", *shipped, "--vector", "some.safetensors", "--top", "2"]) == 0
+    assert "this vector steers generated tokens; its effects are those at every position" in capsys.readouterr().out
 
 
 def test_where_the_vectors_of_a_fit_are_not_known_a_forecast_says_why(

@@ -68,13 +68,14 @@ def _table(found: pl.DataFrame, target: dict[int, float]) -> Table:
     measured = "measured" in found.columns
     labelled = found["label"].is_not_null().any()
     table = Table(box=None, pad_edge=False)
-    for name in ("feature", "target", "predicted", "common", *(("measured", "s.e.") if measured else ())):
+    for name in ("feature", "target", "predicted", "common", "R2", *(("measured", "s.e.") if measured else ())):
         table.add_column(name, no_wrap=True)
     if labelled:
         table.add_column("about")
     for row in found.iter_rows(named=True):
         weight = f"{target[row['feature']]:g}" if row["feature"] in target else ""
-        cells = [str(row["feature"]), weight, *(f"{row[name]:+.4f}" for name in ("predicted", "common"))]
+        r2 = "" if row["feature_r2"] is None else f"{row['feature_r2']:.2f}"
+        cells = [str(row["feature"]), weight, f"{row['predicted']:+.4f}", f"{row['common']:+.4f}", r2]
         cells += [f"{row['measured']:+.4f}", f"{row['standard_error']:.4f}"] if measured else []
         table.add_row(*cells, *([escape(row["label"] or "")] if labelled else []))
     return table
@@ -85,6 +86,8 @@ def _facts(run: Run, vector: SteeringVector, target: dict[int, float], *, measur
     from saets.forecast import gain
 
     lines = []
+    if not vector.positions.everywhere:
+        lines.append(f"this vector steers {vector.positions}; its effects are those at every position")
     if target:
         found = gain(run.approximator, vector, target)
         share = f" ({found.predicted / found.best:.0%})" if found.best > 0 else ""
