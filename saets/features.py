@@ -96,13 +96,13 @@ class FeatureFinder:
         self,
         experiment: Experiment,
         model: Any,
-        run: RunFolder | None = None,
+        run: RunFolder,
         *,
         search: Search | None = None,
         goal: Goal | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """`model` is the experiment's, as a `TransformerBridge`; a `run` may hold effects and an approximator.
+        """`model` is the experiment's, as a `TransformerBridge`; the `run` may hold nothing, or effects and an approximator.
 
         Where densities and contexts are of a small corpus, the texts of `goal` are in it.
 

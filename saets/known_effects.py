@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from saets import methods
-from saets.approximator import EffectApproximator, Moments, RidgePath, choose_penalty
+from saets.approximator import EffectApproximator
 from saets.config import PACKAGED, Experiment, packaged
+from saets.errors import InputError
 from saets.experiment import effect_settings
+from saets.fitted import fitted
 from saets.measured import ShardRows
 from saets.records import unit, vector_id
 from saets.shapes import Float
@@ -56,13 +57,14 @@ class KnownEffects:
     """Effects that a run folder or the package holds for an experiment, all by its effect settings."""
 
     experiment: Experiment
+    run: RunFolder
     folders: tuple[RunFolder, ...]
     """Whose rows were measured by the experiment's own settings: the run's, then the shipped ones."""
     links: pl.DataFrame | None
     """Of each feature of the packaged SAE the strongest effects that were measured."""
 
     @classmethod
-    def of(cls, experiment: Experiment, run: RunFolder | None = None) -> KnownEffects:
+    def of(cls, experiment: Experiment, run: RunFolder) -> KnownEffects:
         """What there is; nothing is written. Effects by other settings than the experiment's are left alone."""
         where = experiment.effects.shipped
         shipped = None if where is None else RunFolder(where if is_uri(where) else packaged(where))
@@ -70,7 +72,7 @@ class KnownEffects:
         fitting = [folder for folder in (run, shipped) if folder is not None and _same(folder, settings)]
         links = packaged(str(where)).parent / "links.parquet"
         linked = shipped in fitting and str(where).startswith(PACKAGED) and links.is_file()
-        return cls(experiment, tuple(fitting), pl.read_parquet(links).sort("feature") if linked else None)
+        return cls(experiment, run, tuple(fitting), pl.read_parquet(links).sort("feature") if linked else None)
 
     def measured(self, rows: Mapping[int, Float[Tensor, " d_model"]]) -> dict[int, KnownEffect]:
         """Effects of the decoder rows (by feature) that have been measured, at their calibrated scale."""
@@ -116,14 +118,15 @@ class KnownEffects:
 
     @functools.cached_property
     def _predictor(self) -> tuple[EffectApproximator | None, str]:
-        """The run's approximator, else a fit to the sums that are shipped."""
-        for folder in self.folders:
-            if folder.approximator.is_file():
-                return EffectApproximator.load(folder.approximator), f"the approximator of {folder.path}"
-        for folder in self.folders:
-            if folder.moments.is_file() and (fitted := _fitted(folder, self.experiment.fit.penalties)):
-                return fitted, "a fit to the shipped effects"
-        return None, "nothing"
+        """The run's approximator, or a fit to what is shipped, where they belong to the experiment's effect settings."""
+        measured = self.run.manifest().get("effects", {}).get("settings")
+        if measured is not None and self.run not in self.folders:
+            return None, "nothing"
+        try:
+            found = fitted(self.run, self.experiment)
+        except InputError:
+            return None, "nothing"
+        return found.approximator, f"a fit to {found.here}" if found.here else f"the approximator of {self.run.path}"
 
 
 def _same(folder: RunFolder, settings: Mapping[str, object]) -> bool:
@@ -133,31 +136,9 @@ def _same(folder: RunFolder, settings: Mapping[str, object]) -> bool:
 
 
 def _measured(folder: Location, wanted: Collection[str]) -> Iterator[tuple[str, NDArray[np.float16]]]:
-    """vector_id and effect of the rows of these vectors in a folder of shards, which is only read."""
-    for rows in _rows(folder, lambda name: name in wanted):
-        yield from zip(rows["vector_id"].to_pylist(), _matrix(rows, "effect"), strict=True)
-
-
-def _rows(folder: Location, choose: Callable[[str], bool]) -> Iterator[pa.Table]:
-    """The rows of the chosen vector_ids, in the order of the shards' names; none is set aside or deleted."""
+    """vector_id and effect of the rows of these vectors in a folder of shards, the newest last; none is set aside."""
     for name in sorted(name for name in folder.entries() if name.endswith(".parquet")):
         with open_shard(folder / name) as file:
             ids = file.read(["vector_id"])["vector_id"].to_pylist()
-        yield from ShardRows(folder / name, np.array([choose(one) for one in ids], bool)).tables()
-
-
-def _matrix(rows: pa.Table, name: str) -> NDArray[np.floating]:
-    matrix: NDArray[np.floating] = rows[name].combine_chunks().to_numpy_ndarray()
-    return matrix
-
-
-def _fitted(shipped: RunFolder, penalties: Sequence[float]) -> EffectApproximator | None:
-    """The fit to the sums that a folder holds, at the penalty that predicts best the rows beside them; None without such rows."""
-    moments = Moments.load(shipped.moments)
-    held_out = Moments(*moments.xy.shape)
-    for rows in _rows(shipped.effects.folder, lambda name: True):
-        held_out.add(*(torch.tensor(_matrix(rows, name)) for name in ("vector", "effect")))
-    if not held_out.rows.item():
-        return None
-    path = RidgePath(moments)
-    return path.fit(choose_penalty(path, held_out, penalties)[0])
+        for rows in ShardRows(folder / name, np.array([one in wanted for one in ids], bool)).tables():
+            yield from zip(rows["vector_id"].to_pylist(), rows["effect"].combine_chunks().to_numpy_ndarray(), strict=True)

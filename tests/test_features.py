@@ -23,6 +23,7 @@ from saets.goal import Goal, load_goal
 from saets.hooks import blocks_below
 from saets.model import load_model
 from saets.sae import neuronpedia_link
+from saets.store import RunFolder
 from saets.tokens import encode
 
 HOOK = "blocks.2.hook_resid_post"
@@ -103,7 +104,7 @@ def corpus() -> tuple[str, ...]:
 
 
 def finder(wide: Any, folder: Path, **search: Any) -> FeatureFinder:
-    return FeatureFinder(load_experiment(folder / "planted.toml"), wide, search=Search(**search))
+    return FeatureFinder(load_experiment(folder / "planted.toml"), wide, RunFolder(folder / "none"), search=Search(**search))
 
 
 def test_the_planted_feature_is_found_and_dense_early_and_lonely_ones_are_not(
@@ -138,12 +139,12 @@ def test_a_frame_has_the_columns_that_are_documented(wide: Any, folder: Path, co
     assert not [name for name in COLUMNS if f"`{name}`" not in documented]
 
 
-def test_orders_sort_the_candidates_by_what_they_say(tiny: Any) -> None:
+def test_orders_sort_the_candidates_by_what_they_say(tiny: Any, tmp_path: Path) -> None:
     goal, tiny_experiment = load_goal("wedding"), load_experiment("tiny", ["model.dtype=float32", "model.device=cpu"])
 
     def ordered(sort: str, top: int = 8) -> pl.DataFrame:
         search = Search(top=top, sort=sort, max_density=1.0, corpus=["A river.", "An old mill stands by it."])
-        return FeatureFinder(tiny_experiment, tiny, search=search).for_goal(goal)
+        return FeatureFinder(tiny_experiment, tiny, RunFolder(tmp_path / "none"), search=search).for_goal(goal)
 
     by_contrast = ordered("contrast")
     bound = (by_contrast["contrast"] - by_contrast["standard_error"]).to_numpy()

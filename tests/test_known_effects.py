@@ -102,16 +102,19 @@ def test_the_runs_approximator_predicts_what_sae_ts_for_the_feature_alone_does(
     assert [one.feature for one in found.others] == strongest
 
 
-def test_what_is_shipped_for_smollm2_tells_measured_and_predicted_effects_without_a_run() -> None:
-    known = KnownEffects.of(load_experiment("smollm2"))
+def test_what_is_shipped_for_smollm2_tells_measured_and_predicted_effects_without_a_run(tmp_path: Path) -> None:
+    known = KnownEffects.of(load_experiment("smollm2"), RunFolder(tmp_path / "nowhere"))
     links = pl.read_parquet(PRESETS / "smollm2" / "links.parquet")
-    linked = known.measured({feature: torch.ones(576) for feature in (0, 1)})
-    assert linked.keys() == {0}  # the second feature's row was not measured
-    assert linked[0].own == pytest.approx(next(one["effect"] for one in links["effects"][0].to_list() if one["feature"] == 0))
-    assert [one.feature for one in linked[0].others] == [2280, 1684, 3352, 191, 3981]
+    there, not_there = (links.filter(pl.col("effects").is_null() == missing).row(0, named=True) for missing in (False, True))
+    rows = {one["feature"]: torch.ones(576) for one in (there, not_there)}
+    linked = known.measured(rows)
+    assert linked.keys() == {there["feature"]}, "the other feature's row was not measured"
+    strongest = [one["feature"] for one in there["effects"] if one["feature"] != there["feature"]]
+    assert [one.feature for one in linked[there["feature"]].others] == strongest[:STRONGEST]
     assert known.predicted([1818])[1818].own > 0
+    assert known.predicted_by.endswith("measured vectors that come with smollm2")
 
 
-def test_shipped_effects_by_other_settings_are_left_alone() -> None:
-    known = KnownEffects.of(load_experiment("smollm2", ["effects.length=24"]))
+def test_shipped_effects_by_other_settings_are_left_alone(tmp_path: Path) -> None:
+    known = KnownEffects.of(load_experiment("smollm2", ["effects.length=24"]), RunFolder(tmp_path / "nowhere"))
     assert known.predicted([1]) == known.measured({0: torch.ones(576)}) == {}
