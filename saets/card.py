@@ -60,6 +60,8 @@ FILES = {
     "manifest.json": "versions, and the settings of each stage",
     "results.md": "scores of every goal and method with intervals",
     "results.parquet": "scores by goal, method and scale",
+    "scores.parquet": "held-out scores by goal and method, and which method wins",
+    "comparisons.parquet": "every pair of methods compared",
 }
 FOLDERS = {
     "vectors": "steering vectors of unit length, one file a goal and method",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from saets import plots, results
+from saets import plots, results, results_page
 from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.errors import InputError
@@ -16,6 +16,7 @@ from saets.records import UNSTEERED
 from saets.stages.evaluate import grade_settings, wanted_generations
 from saets.stages.session import Session
 from saets.storage import Location
+from saets.summary import Summary, summarise
 
 
 class Outcome(NamedTuple):
@@ -23,8 +24,13 @@ class Outcome(NamedTuple):
 
     texts: pl.DataFrame
     """One row a completion with both criteria side by side; see `results.paired`."""
-    summary: pl.DataFrame
-    """One row a goal and method; see `results.summary_table`."""
+    compared: Summary
+    """Goals, methods and pairs of them."""
+
+    @property
+    def summary(self) -> pl.DataFrame:
+        """One row a goal and method; see `saets.summary.summary_table`."""
+        return self.compared.methods
 
 
 def read_outcome(session: Session) -> Outcome:
@@ -35,7 +41,7 @@ def read_outcome(session: Session) -> Outcome:
     """
     generations, grades = graded_texts(session)
     texts = results.paired(generations, grades)
-    return Outcome(texts, results.summary_table(texts, seed=session.experiment.seed))
+    return Outcome(texts, summarise(texts, seed=session.experiment.seed))
 
 
 def graded_texts(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -53,13 +59,20 @@ def graded_texts(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def write_results(session: Session) -> None:
-    """Write results.parquet and results.md."""
+    """Write results.parquet (scales), scores.parquet (goals x methods), comparisons.parquet (pairs) and results.md."""
     outcome = read_outcome(session)
-    table = results.results_table(outcome.texts, seed=session.experiment.seed)
+    write_table(session, "results", results.results_table(outcome.texts, seed=session.experiment.seed))
+    write_table(session, "scores", pl.concat([outcome.compared.methods, outcome.compared.overall]))
+    write_table(session, "comparisons", outcome.compared.comparisons)
+    sections = [results_page.scores_section(outcome.compared, plots.display_names())]
+    (session.run.path / "results.md").write_text("\n".join(sections))
+
+
+def write_table(session: Session, name: str, rows: pl.DataFrame) -> None:
+    """Write NAME.parquet into the run folder, whole or not at all."""
     content = io.BytesIO()
-    table.write_parquet(content)
-    (session.run.path / "results.parquet").write_bytes(content.getvalue())
-    (session.run.path / "results.md").write_text(results.markdown_table(outcome.summary, plots.display_names()))
+    rows.write_parquet(content)
+    (session.run.path / f"{name}.parquet").write_bytes(content.getvalue())
 
 
 def write_plots(session: Session) -> list[Location]:

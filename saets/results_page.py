@@ -1,0 +1,100 @@
+"""results.md: what the evaluation found, one section a table, each from the frame that its name says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from saets import statistics
+from saets.summary import Summary
+
+Names = Mapping[str, str]
+"""Display names of methods, in the order of columns and rows."""
+
+MARKS = {"winner": "**{}**", "tie": "{} ="}
+"""How a cell shows where its method stands."""
+
+
+def scores_section(summary: Summary, names: Names) -> str:
+    """Goals by methods: held-out score and interval, winners and ties marked; then how sure the differences are."""
+    methods, overall, comparisons = summary
+    rows = pl.concat([methods, overall])
+    lines = [
+        "# Results",
+        "",
+        "Mean behaviour x mean coherence, the scale chosen on one half of the samples and scored on the other.",
+    ]
+    lines += ["", score_table(rows, names).rstrip("\n"), "", _legend(comparisons, int(rows["seed"][0]))]
+    shown = comparisons.filter(pl.col("goal").is_in(overall["goal"].unique().implode())) if len(overall) else comparisons
+    if len(shown):
+        lines += ["", "## Differences", "", _differences(shown, names)]
+    return "\n".join(lines) + "\n"
+
+
+def score_table(rows: pl.DataFrame, names: Names | None = None) -> str:
+    """Markdown table of a `summary_table`, goals by methods: held-out score [95% interval], marked as in `MARKS`.
+
+    Where there is no held-out score the cell gives the optimistic maximum and says so; a dash stands for no grades.
+    """
+    names = names or {}
+    methods = _ordered(set(rows["method"]), names)
+    lines = []
+    for (goal,), group in rows.group_by("goal", maintain_order=True):
+        cells = {row["method"]: _score_cell(row) for row in group.iter_rows(named=True)}
+        lines.append([str(goal), *(cells.get(method, "–") for method in methods)])
+    return table(["goal", *(names.get(method, method) for method in methods)], lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; cells lose their line breaks, and bars in them do not end them."""
+    return "".join(f"{_line(cells)}\n" for cells in (header, ["---"] * len(header), *rows))
+
+
+def figure(value: float | None, form: str = ".3f", bounds: tuple[float | None, float | None] = (None, None)) -> str:
+    """A number, its interval in brackets where there is one; a dash for none."""
+    if value is None:
+        return "–"
+    low, high = bounds
+    return f"{value:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
+
+
+def _legend(comparisons: pl.DataFrame, seed: int) -> str:
+    intervals = f"Brackets: 95% intervals from {statistics.RESAMPLES:,} resamples of the samples, seed {seed}."
+    tests = comparisons["p_adjusted"].drop_nulls().len()
+    if not tests:
+        return intervals
+    return (
+        "Bold: above every other method of its goal. =: not told apart from the best. A difference counts below p = "
+        f"{statistics.LEVEL:g}, by a paired test over the same prompts and samples ({statistics.FLIPS:,} random swaps) with "
+        f"Holm's correction. {intervals}"
+    )
+
+
+def _differences(comparisons: pl.DataFrame, names: Names) -> str:
+    rows = [
+        [
+            row["goal"],
+            f"{names.get(row['method'], row['method'])} − {names.get(row['other'], row['other'])}",
+            figure(row["difference"], "+.3f", (row["difference_low"], row["difference_high"])),
+            figure(row["p"], ".2g"),
+            figure(row["p_adjusted"], ".2g"),
+        ]
+        for row in comparisons.iter_rows(named=True)
+    ]
+    return table(["goal", "pair", "difference", "p", "p, corrected"], rows).rstrip("\n")
+
+
+def _ordered(methods: set[str], names: Names) -> list[str]:
+    return [method for method in names if method in methods] + sorted(methods - set(names))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in cells) + " |"
+
+
+def _score_cell(row: Mapping[str, Any]) -> str:
+    if row["held_out"] is None:
+        return "–" if row["optimistic_max"] is None else f"max {row['optimistic_max']:.3f}, not held out"
+    return MARKS.get(row["standing"], "{}").format(figure(row["held_out"], bounds=(row["held_out_low"], row["held_out_high"])))
