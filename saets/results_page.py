@@ -33,6 +33,24 @@ def scores_section(summary: Summary, names: Names) -> str:
     return "\n".join(lines) + "\n"
 
 
+def agreement_section(agreement: pl.DataFrame) -> str:
+    """How far the judges agree; `agreement` is an `agreement_table`."""
+    rows = [
+        [
+            row["goal"],
+            row["criterion"],
+            f"{row['judge']}, {row['other']}",
+            figure(row["spearman"], ".2f", (row["spearman_low"], row["spearman_high"])),
+            figure(row["kappa"], ".2f", (row["kappa_low"], row["kappa_high"])),
+            figure(row["difference"], "+.3f"),
+            f"{row['n']:,}",
+        ]
+        for row in agreement.iter_rows(named=True)
+    ]
+    header = ["goal", "criterion", "judges", "rank correlation", "weighted kappa", "mean difference", "texts"]
+    return f"## Agreement of judges\n\n{table(header, rows)}"
+
+
 def score_table(rows: pl.DataFrame, names: Names | None = None) -> str:
     """Markdown table of a `summary_table`, goals by methods: held-out score [95% interval], marked as in `MARKS`.
 

@@ -206,6 +206,11 @@ class RunFolder:
         """Grades of one goal by one judge; `settings` is the hash of what the judge was told."""
         return Table(self.path / "grades" / f"{goal}-{settings}", ["generation_id", "criterion"])
 
+    def judged(self, goal: str) -> dict[str, Table]:
+        """All grades of one goal, by the hash of what the judge was told."""
+        names = [name for name in (self.path / "grades").entries() if name.rpartition("-")[0] == goal]
+        return {name.rpartition("-")[2]: self.grades(goal, name.rpartition("-")[2]) for name in sorted(names)}
+
     @property
     def fitting(self) -> Location:
         """Folder of what a fit's workers keep while it runs."""

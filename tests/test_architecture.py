@@ -42,6 +42,7 @@ FLOORS = (
         "results",
         "summary",
         "results_page",
+        "agreement",
         "statistics",
         "approximator",
         "held_out",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import polars as pl
 
 from saets import plots, results, results_page
+from saets.agreement import agreement_table
 from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.errors import InputError
@@ -65,7 +66,29 @@ def write_results(session: Session) -> None:
     write_table(session, "scores", pl.concat([outcome.compared.methods, outcome.compared.overall]))
     write_table(session, "comparisons", outcome.compared.comparisons)
     sections = [results_page.scores_section(outcome.compared, plots.display_names())]
+    agreement = agreement_table(*all_grades(session), seed=session.experiment.seed)
+    if len(agreement):
+        write_table(session, "agreement", agreement)
+        sections.append(results_page.agreement_section(agreement))
     (session.run.path / "results.md").write_text("\n".join(sections))
+
+
+def all_grades(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Completions of this experiment, and their grades by every judge that the run folder knows.
+
+    Where one judge was told different things (another wording of a goal, say), each has a name of its own.
+    """
+    generations, _ = graded_texts(session)
+    frames = []
+    for goal in check_goals(session.experiment):
+        tables = {settings: table.read() for settings, table in session.run.judged(goal.id).items()}
+        graded = {settings: frame for settings, frame in tables.items() if frame is not None}
+        names = {settings: str(frame["judge"][0]) for settings, frame in graded.items()}
+        for settings, frame in graded.items():
+            once = list(names.values()).count(names[settings]) == 1
+            name = names[settings] if once else f"{names[settings]} ({settings[:6]})"
+            frames.append(frame.with_columns(pl.lit(name).alias("judge")))
+    return generations, pl.concat(frames)
 
 
 def write_table(session: Session, name: str, rows: pl.DataFrame) -> None:
