@@ -17,6 +17,9 @@ from saets.errors import InputError
 from saets.records import CRITERIA, UNSTEERED
 
 MEASURES = (*CRITERIA, "product")
+FIGURES = ("perplexity", "distinct_1", "distinct_2", "repetition", "n_tokens", "n_words")
+"""Columns of `measure_table`."""
+
 _CELL_SCHEMA = {"goal": pl.String, "method": pl.String, "prompt": pl.String, "scale": pl.Float64}
 _CELL, _TEXT = tuple(_CELL_SCHEMA), (*_CELL_SCHEMA, "sample")
 _TEXT_SCHEMA = pl.Schema({**_CELL_SCHEMA, "sample": pl.Int64})
@@ -87,6 +90,22 @@ def results_table(texts: pl.DataFrame, *, seed: int = 0) -> pl.DataFrame:
     return rows.select(*_CELL, "chosen", *MEASURES, *_BOUNDS, *COUNTS, "optimistic_max")
 
 
+def measure_table(generations: pl.DataFrame, measures: pl.DataFrame | None, keys: Sequence[str] = _CELL) -> pl.DataFrame:
+    """Means of the figures of `saets.measures` by goal, method, prompt and scale, or by other `keys`; no rows without measures.
+
+    Unsteered texts are those of each method at scale 0, as in `scale_table`. `perplexity` is exp(mean loss), which one text in
+    ruins does not decide; the others are plain means over the texts that have them.
+    """
+    columns = {name: pl.Float64 for name in FIGURES}
+    if measures is None:
+        return pl.DataFrame(schema={**{key: generations.schema[key] for key in keys}, **columns})
+    texts = generations.select("generation_id", *_TEXT).join(measures, on="generation_id", how="inner").drop("generation_id")
+    means = [pl.col(name).mean() for name in FIGURES[1:]]
+    perplexity = pl.col("loss").mean().exp().alias("perplexity")
+    found = _unsteered_shared(texts).group_by(keys, maintain_order=True).agg(perplexity, *means)
+    return found.with_columns(pl.col(name).cast(kind) for name, kind in columns.items())
+
+
 def by_method(texts: pl.DataFrame) -> pl.DataFrame:
     """The texts with the unsteered ones copied to each method of their goal; a goal without methods keeps them as they are.
 
@@ -96,6 +115,10 @@ def by_method(texts: pl.DataFrame) -> pl.DataFrame:
         InputError: no texts.
     """
     _check(texts, "texts", (*_TEXT, *MEASURES, "failed"), "generate")
+    return _unsteered_shared(texts)
+
+
+def _unsteered_shared(texts: pl.DataFrame) -> pl.DataFrame:
     unsteered = pl.col("method") == UNSTEERED
     own = texts.filter(~unsteered)
     shared = texts.filter(unsteered).drop("method").join(own.select("goal", "method").unique(), on="goal", how="left")

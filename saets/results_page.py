@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from saets import statistics
+from saets.results import FIGURES
 from saets.summary import Summary
 
 Names = Mapping[str, str]
@@ -31,6 +32,28 @@ def scores_section(summary: Summary, names: Names) -> str:
     if len(shown):
         lines += ["", "## Differences", "", _differences(shown, names)]
     return "\n".join(lines) + "\n"
+
+
+def measures_section(measures: pl.DataFrame, methods: pl.DataFrame, names: Names) -> str:
+    """Figures that need no judge, of each method's texts at its scale and of unsteered ones.
+
+    `measures` is a `measure_table` by goal, method and scale, `methods` a `summary_table`.
+    """
+    at_scale = methods.select("goal", "method", "scale").join(measures, on=("goal", "method", "scale"))
+    plain = measures.filter(pl.col("scale") == 0).unique("goal", maintain_order=True).with_columns(method=pl.lit("unsteered"))
+    rows = pl.concat([at_scale, plain.select(at_scale.columns)]).sort("goal", maintain_order=True)
+    forms = dict(zip(FIGURES, (".1f", ".2f", ".2f", ".2f", ".1f", ".1f"), strict=True))
+    cells = [
+        [
+            row["goal"],
+            names.get(row["method"], row["method"]),
+            f"{row['scale']:g}",
+            *(figure(row[name], forms[name]) for name in forms),
+        ]
+        for row in rows.iter_rows(named=True)
+    ]
+    header = ["goal", "method", "scale", "perplexity", "distinct-1", "distinct-2", "repetition", "tokens", "words"]
+    return f"## Texts at each method's scale\n\nPerplexity is the unsteered model's, given the prompt.\n\n{table(header, cells)}"
 
 
 def agreement_section(agreement: pl.DataFrame) -> str:

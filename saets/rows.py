@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from saets.effects import Failure, Measurement, effect_of
 from saets.engine.calibration import Calibration
 from saets.errors import InputError
+from saets.measures import Measures
 from saets.records import Generation, Grade, VectorItem
 
 GENERATIONS = pa.schema(
@@ -38,7 +39,18 @@ GRADES = pa.schema(
         ("judge", pa.string()),
     ]
 )
-
+MEASURES = pa.schema(
+    [
+        ("generation_id", pa.string()),
+        ("loss", pa.float64()),
+        ("perplexity", pa.float64()),
+        ("distinct_1", pa.float64()),
+        ("distinct_2", pa.float64()),
+        ("repetition", pa.float64()),
+        ("n_tokens", pa.int64()),
+        ("n_words", pa.int64()),
+    ]
+)
 
 MEASURED = pa.schema(
     [
@@ -135,6 +147,11 @@ def generation_rows(texts: Sequence[Generation]) -> pa.Table:
 def grade_rows(grades: Sequence[Grade]) -> pa.Table:
     """One row a criterion of a completion."""
     return pa.Table.from_pylist([asdict(grade) for grade in grades], GRADES)
+
+
+def measures_rows(measures: Sequence[Measures]) -> pa.Table:
+    """One row a completion: its figures that need no judge."""
+    return pa.Table.from_pylist([asdict(found) for found in measures], MEASURES)
 
 
 def tensor_column(arrays: Sequence[NDArray[np.generic]]) -> pa.FixedShapeTensorArray:

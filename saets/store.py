@@ -201,6 +201,7 @@ class RunFolder:
         """Vectors whose effects are kept in `moments` alone: what the effects' table says of them, without vector and effect."""
         self.published_effects = Table(self.path / "published" / "effects", ["vector_id"])
         self.generations = Table(self.path / "generations", ["generation_id"])
+        self.measures = Table(self.path / "measures", ["generation_id"])
 
     def grades(self, goal: str, settings: str) -> Table:
         """Grades of one goal by one judge; `settings` is the hash of what the judge was told."""

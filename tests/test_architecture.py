@@ -22,6 +22,7 @@ FLOORS = (
     {
         "judge",
         "generation",
+        "measures",
         "reading",
         "contrast",
         "rows",

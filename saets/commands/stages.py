@@ -125,12 +125,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _texts(options: argparse.Namespace, *, generate: bool, grade: bool) -> None:
     from saets.stages.evaluate import evaluate
+    from saets.stages.measures import measure_completions
     from saets.stages.results import write_results
     from saets.stages.vectors import build_vectors, read_vectors
 
     with session_of(options, goals=True, judge=grade) as session:
         vectors = build_vectors(session) if generate else read_vectors(session)
         evaluate(session, vectors, generate=generate, grade=grade)
+        if generate:
+            measure_completions(session)
         if grade:
             write_results(session)
             _show_outcome(session)

@@ -21,6 +21,7 @@ from saets.distributed.cluster import Cluster, actor_count, input_error
 from saets.generation import SteeringWorker
 from saets.goal import Goal
 from saets.judge.local import LocalJudge
+from saets.measures import Measures, measure_texts
 from saets.records import Generation, GenerationItem, Grade
 
 Result = TypeVar("Result")
@@ -42,6 +43,9 @@ class SteeringActor:
 
     def generate(self, items: Sequence[GenerationItem], directions: Mapping[str, NDArray[np.float32]]) -> list[Generation]:
         return self.worker.generate(items, directions)
+
+    def measure(self, texts: Sequence[Generation]) -> list[Measures]:
+        return measure_texts(self.worker.model, texts, self.experiment.evaluation.prompt_format)
 
     def contrast(self, goal: Goal) -> dict[str, NDArray[np.float32]]:
         return self.worker.contrast(goal)

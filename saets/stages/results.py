@@ -62,10 +62,17 @@ def graded_texts(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
 def write_results(session: Session) -> None:
     """Write results.parquet (scales), scores.parquet (goals x methods), comparisons.parquet (pairs) and results.md."""
     outcome = read_outcome(session)
-    write_table(session, "results", results.results_table(outcome.texts, seed=session.experiment.seed))
+    generations, _ = graded_texts(session)
+    measures = session.run.measures.read()
+    by_cell = results.measure_table(generations, measures)
+    table = results.results_table(outcome.texts, seed=session.experiment.seed)
+    write_table(session, "results", table.join(by_cell, on=("goal", "method", "prompt", "scale"), how="left"))
     write_table(session, "scores", pl.concat([outcome.compared.methods, outcome.compared.overall]))
     write_table(session, "comparisons", outcome.compared.comparisons)
     sections = [results_page.scores_section(outcome.compared, plots.display_names())]
+    if measures is not None:
+        by_scale = results.measure_table(generations, measures, ("goal", "method", "scale"))
+        sections.append(results_page.measures_section(by_scale, outcome.summary, plots.display_names()))
     agreement = agreement_table(*all_grades(session), seed=session.experiment.seed)
     if len(agreement):
         write_table(session, "agreement", agreement)
