@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
 from saets import statistics
+from saets.battles import BattleTables
 from saets.results import FIGURES
 from saets.summary import Summary
 
@@ -53,7 +55,62 @@ def measures_section(measures: pl.DataFrame, methods: pl.DataFrame, names: Names
         for row in rows.iter_rows(named=True)
     ]
     header = ["goal", "method", "scale", "perplexity", "distinct-1", "distinct-2", "repetition", "tokens", "words"]
-    return f"## Texts at each method's scale\n\nPerplexity is the unsteered model's, given the prompt.\n\n{table(header, cells)}"
+    what = "Perplexity is the unsteered model's, given the prompt."
+    return f"## Texts at each method's scale\n\n{what}\n\n{table(header, cells)}"
+
+
+def side_effects_section(side_effects: pl.DataFrame, names: Names) -> str:
+    """What steering at each method's scale does besides; `side_effects` as in side_effects.parquet."""
+    rows = [
+        [
+            row["goal"],
+            names.get(row["method"], row["method"]),
+            f"{row['scale']:g}",
+            f"{row['perplexity']:.1f} ({row['unsteered_perplexity']:.1f})",
+            "–" if math.isnan(row["target"]) else f"{row['target']:+.3f}",
+            f"{row['others']:.3f} ± {row['noise']:.3f}",
+            f"{row['largest']}: {row['largest_effect']:+.3f}",
+        ]
+        for row in side_effects.iter_rows(named=True)
+    ]
+    what = (
+        "Perplexity of held-out text, steered at every position (unsteered). Target: mean effect on the goal's features. "
+        "Others: length of the effect on all other features, without what noise adds, ± the length of noise alone."
+    )
+    header = ["goal", "method", "scale", "perplexity", "target", "others", "largest other"]
+    return f"## Side effects\n\n{what}\n\n{table(header, rows)}"
+
+
+def battles_section(battles: BattleTables, names: Names) -> str:
+    """Strengths of the methods in pairwise battles, and whether the order of showing mattered."""
+    strengths = [
+        [
+            row["goal"],
+            row["criterion"],
+            names.get(row["method"], row["method"]),
+            figure(row["strength"], "+.2f", (row["strength_low"], row["strength_high"])),
+            *(figure(row[name], ".2f") for name in ("won", "tied", "lost")),
+            f"{row['n']:,}",
+        ]
+        for row in battles.strengths.iter_rows(named=True)
+    ]
+    order = [
+        [
+            row["goal"],
+            row["criterion"],
+            figure(row["first"], ".2f", (row["first_low"], row["first_high"])),
+            figure(row["consistent"], ".2f"),
+            f"{row['n']:,}",
+            f"{row['n_failed']:,}",
+        ]
+        for row in battles.order.iter_rows(named=True)
+    ]
+    judge = battles.order["judge"][0]
+    note = " It compares its own scores: a proxy, without any effect of order." if judge.startswith("local:") else ""
+    what = f"Pairs of texts of the same prompt and sample, shown in both orders to {judge}.{note} Strengths are log odds, mean 0."
+    header = ["goal", "criterion", "method", "strength", "won", "tied", "lost", "battles"]
+    bias = ["goal", "criterion", "share won by the text shown first", "same verdict in both orders", "battles", "failed"]
+    return f"## Battles\n\n{what}\n\n{table(header, strengths)}\n{table(bias, order)}"
 
 
 def agreement_section(agreement: pl.DataFrame) -> str:

@@ -201,6 +201,9 @@ class RunFolder:
         """Vectors whose effects are kept in `moments` alone: what the effects' table says of them, without vector and effect."""
         self.published_effects = Table(self.path / "published" / "effects", ["vector_id"])
         self.generations = Table(self.path / "generations", ["generation_id"])
+        self.side_effects = Table(self.path / "side_effects", ["vector_id"])
+        """By ids of vector and scale together."""
+        self.battles = Table(self.path / "battles", ["battle_id"])
         self.measures = Table(self.path / "measures", ["generation_id"])
 
     def grades(self, goal: str, settings: str) -> Table:

@@ -242,6 +242,21 @@ def test_the_openai_judge_grades_what_the_run_wrote_and_its_key_stays_out_of_eve
     assert not [path for path in finished.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
+def test_side_effects_are_measured_once_at_each_methods_scale(cluster: Cluster, folder: Path, finished: Path) -> None:
+    out = RunFolder(finished)
+    assert main(["evaluate", str(folder / "mine.toml"), "--out", str(finished), "--side-effects"]) == 0
+    found = pl.read_parquet(finished / "side_effects.parquet")
+    scores = pl.read_parquet(finished / "scores.parquet").filter(pl.col("scale") > 0)
+    assert found.select("goal", "method", "scale").rows() == scores.select("goal", "method", "scale").rows()
+    assert (found["perplexity"] > 1).all()
+    assert found["unsteered_perplexity"].n_unique() == 1
+    assert found["effect"].to_numpy().shape == (len(found), 40)
+    assert "## Side effects" in (finished / "results.md").read_text()
+    shards = out.side_effects.shards()
+    assert main(["evaluate", str(folder / "mine.toml"), "--out", str(finished), "--side-effects"]) == 0
+    assert [shard.name for shard in out.side_effects.shards()] == [shard.name for shard in shards]
+
+
 def test_a_run_in_a_bucket_goes_to_results_and_plots_and_is_not_computed_twice(
     cluster: Cluster, bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import polars as pl
 
 from saets import plots, results, results_page
 from saets.agreement import agreement_table
+from saets.battles import BattleTables, battle_tables
 from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.errors import InputError
@@ -73,11 +74,26 @@ def write_results(session: Session) -> None:
     if measures is not None:
         by_scale = results.measure_table(generations, measures, ("goal", "method", "scale"))
         sections.append(results_page.measures_section(by_scale, outcome.summary, plots.display_names()))
+    path = session.run.path / "side_effects.parquet"
+    if path.is_file():
+        sections.append(results_page.side_effects_section(pl.read_parquet(path.read_bytes()), plots.display_names()))
+    if (battles := _fought(session)) is not None:
+        sections.append(results_page.battles_section(battles, plots.display_names()))
     agreement = agreement_table(*all_grades(session), seed=session.experiment.seed)
     if len(agreement):
         write_table(session, "agreement", agreement)
         sections.append(results_page.agreement_section(agreement))
     (session.run.path / "results.md").write_text("\n".join(sections))
+
+
+def _fought(session: Session) -> BattleTables | None:
+    """What `saets compare` found last, of texts that this experiment still has."""
+    path = session.run.path / "battles.parquet"
+    if not path.is_file():
+        return None
+    known = graded_texts(session)[0]["generation_id"].implode()
+    battles = pl.read_parquet(path.read_bytes()).filter(pl.all_horizontal(pl.col("first_id", "second_id").is_in(known)))
+    return battle_tables(battles, seed=session.experiment.seed) if len(battles) else None
 
 
 def all_grades(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
