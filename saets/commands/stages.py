@@ -174,13 +174,14 @@ def _show_outcome(session: Session) -> None:
 
     names = plots.display_names()
     outcome = read_outcome(session)
-    table = Table("goal", "method", "score", "95% interval", "scale", "optimistic max", box=None, pad_edge=False)
-    for row in outcome.summary.iter_rows(named=True):
+    table = Table("goal", "method", "score", "95% interval", "", "scale", "optimistic max", box=None, pad_edge=False)
+    for row in outcome.scores.iter_rows(named=True):
         table.add_row(
             escape(row["goal"]),
             names.get(row["method"], row["method"]),
             _number(row["held_out"]),
             f"{_number(row['held_out_low'])} to {_number(row['held_out_high'])}",
+            {"winner": "winner", "tie": "tie"}.get(row["standing"], ""),
             _number(row["scale"], ".0f"),
             _number(row["optimistic_max"]),
         )

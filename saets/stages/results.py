@@ -34,6 +34,11 @@ class Outcome(NamedTuple):
         """One row a goal and method; see `saets.summary.summary_table`."""
         return self.compared.methods
 
+    @property
+    def scores(self) -> pl.DataFrame:
+        """The same, and one row a method for the mean over goals."""
+        return pl.concat([self.compared.methods, self.compared.overall])
+
 
 def read_outcome(session: Session) -> Outcome:
     """The graded completions of this experiment, and their summary.
@@ -68,7 +73,7 @@ def write_results(session: Session) -> None:
     by_cell = results.measure_table(generations, measures)
     table = results.results_table(outcome.texts, seed=session.experiment.seed)
     write_table(session, "results", table.join(by_cell, on=("goal", "method", "prompt", "scale"), how="left"))
-    write_table(session, "scores", pl.concat([outcome.compared.methods, outcome.compared.overall]))
+    write_table(session, "scores", outcome.scores)
     write_table(session, "comparisons", outcome.compared.comparisons)
     sections = [results_page.scores_section(outcome.compared, plots.display_names())]
     if measures is not None:
