@@ -90,7 +90,7 @@ def test_the_local_judges_scores_fight_without_key_or_calls(
     strengths = pl.read_parquet(out / "strengths.parquet").filter(pl.col("criterion") == "behaviour")
     assert strengths["method"].to_list() == ["sae_ts", "caa", "sae"]
     printed = capsys.readouterr().out
-    assert "50% of decided battles won by the text shown first" in printed
+    assert "a proxy, the same in both orders" in printed
     page = (out / "results.md").read_text()
     assert "## Battles" in page
     assert "a proxy" in page
@@ -142,10 +142,15 @@ def test_a_model_that_always_says_a_shows_as_position_bias(out: Path, server: Se
     assert tables.strengths["strength"].to_list() == pytest.approx([0] * 6, abs=1e-6)
 
 
-def test_what_was_fought_before_is_kept_and_only_the_rest_is_fought(out: Path, server: Server) -> None:
+def test_what_was_fought_before_is_kept_and_only_the_rest_is_fought(
+    out: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.respond = prefers_sae_ts
     asked = ("judge.kind=openai", f"judge.base_url={server.url}", "judge.model=m")
-    fight(out, *asked, criteria=("behaviour",), methods=("caa", "sae_ts"), samples=2)
+    with Session.open(experiment(*asked), out):
+        pass
+    assert main(["compare", str(out), "--criterion", "behaviour", "--methods", "caa", "sae_ts", "--samples", "2"]) == 0
+    assert "50% of decided battles won by the text shown first (50% is fair); 4 battles" in capsys.readouterr().out
     assert len(pl.read_parquet(out / "battles.parquet")) == 2 * 2
     server.requests.clear()
     fight(out, *asked)

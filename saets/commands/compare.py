@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
@@ -10,6 +11,9 @@ from rich.table import Table
 from saets.commands.common import Commands, add_command, console, session_of, show_path
 from saets.errors import InputError
 from saets.records import CRITERIA, Criterion
+
+if TYPE_CHECKING:
+    from saets.battles import BattleTables
 
 
 def add(commands: Commands) -> None:
@@ -22,7 +26,6 @@ def add(commands: Commands) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from saets import plots
     from saets.stages.compare import Wanted, compare
 
     if options.samples is not None and options.samples < 1:
@@ -30,27 +33,33 @@ def _compare(options: argparse.Namespace) -> None:
     criteria: tuple[Criterion, ...] = CRITERIA if options.criterion == "both" else (options.criterion,)
     with session_of(options, goals=True, judge=True) as session:
         tables = compare(session, Wanted(options.methods, criteria, options.samples), retry_failed=options.retry_failed)
-        names = plots.display_names()
-        shown = Table("goal", "criterion", "method", "strength", "95% interval", "won", "tied", box=None, pad_edge=False)
-        for row in tables.strengths.iter_rows(named=True):
-            low, high = row["strength_low"], row["strength_high"]
-            shown.add_row(
-                escape(row["goal"]),
-                row["criterion"],
-                names.get(row["method"], row["method"]),
-                f"{row['strength']:+.2f}",
-                "-" if low is None else f"{low:+.2f} to {high:+.2f}",
-                f"{row['won']:.2f}",
-                f"{row['tied']:.2f}",
-            )
-        console.print("\nStrength: log odds in battles of two texts, mean 0.")
-        console.print(shown)
-        for row in tables.order.iter_rows(named=True):
-            share = (
-                "no battle was decided"
-                if row["first"] is None
-                else f"{row['first']:.0%} of decided battles won by the text shown first"
-            )
-            failed = f", {row['n_failed']} failed" if row["n_failed"] else ""
-            console.print(f"{row['goal']}, {row['criterion']}: {share} (50% is fair); {row['n']} battles{failed}", markup=False)
+        _show(tables, local=session.experiment.judge.kind == "local")
         show_path("battles", session.run.path / "battles.parquet")
+
+
+def _show(tables: BattleTables, *, local: bool) -> None:
+    from saets import plots
+
+    names = plots.display_names()
+    shown = Table("goal", "criterion", "method", "strength", "95% interval", "won", "tied", box=None, pad_edge=False)
+    for row in tables.strengths.iter_rows(named=True):
+        low, high = row["strength_low"], row["strength_high"]
+        shown.add_row(
+            escape(row["goal"]),
+            row["criterion"],
+            names.get(row["method"], row["method"]),
+            f"{row['strength']:+.2f}",
+            "-" if low is None else f"{low:+.2f} to {high:+.2f}",
+            f"{row['won']:.2f}",
+            f"{row['tied']:.2f}",
+        )
+    console.print("\nStrength: log odds in battles of two texts, mean 0.")
+    console.print(shown)
+    if local:
+        console.print("The local judge compares its own scores: a proxy, the same in both orders.")
+        return
+    for row in tables.order.iter_rows(named=True):
+        first = row["first"]
+        share = "no battle was decided" if first is None else f"{first:.0%} of decided battles won by the text shown first"
+        failed = f", {row['n_failed']} failed" if row["n_failed"] else ""
+        console.print(f"{row['goal']}, {row['criterion']}: {share} (50% is fair); {row['n']} battles{failed}", markup=False)

@@ -138,9 +138,12 @@ async def _fight(
                 out.add([await fight(goals[item.goal], item, texts[item.first_id], texts[item.second_id])])
                 advance(1)
 
-            async with asyncio.TaskGroup() as group:
-                for item in missing:
-                    group.create_task(one(item))
+            fights = [asyncio.ensure_future(one(item)) for item in missing]
+            try:
+                await asyncio.gather(*fights)
+            finally:
+                for task in fights:
+                    task.cancel()
     finally:
         if judge is not None:
             await judge.close()
