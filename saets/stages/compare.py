@@ -65,8 +65,8 @@ def battle_items(session: Session, goals: dict[str, Goal], wanted: Wanted) -> tu
     scale at which it is judged. Where there are no halves it is the scale that all samples chose. Scale 0 is the unsteered text.
     """
     methods = _methods(session, wanted)
-    places = _places(session, methods)
-    rows = graded_texts(session)[0]
+    outcome = read_outcome(session)
+    places, rows = _places(outcome.summary, methods), outcome.generations
     if wanted.samples is not None:
         rows = rows.filter(pl.col("sample") < wanted.samples)
     names = [field.name for field in fields(Generation)]
@@ -101,10 +101,10 @@ def _methods(session: Session, wanted: Wanted) -> list[str]:
     return methods
 
 
-def _places(session: Session, methods: Sequence[str]) -> dict[tuple[str, str], tuple[float, float]]:
+def _places(summary: pl.DataFrame, methods: Sequence[str]) -> dict[tuple[str, str], tuple[float, float]]:
     """Scales of each goal and method: for even and for odd samples."""
     places = {}
-    for row in read_outcome(session).summary.iter_rows(named=True):
+    for row in summary.iter_rows(named=True):
         halves = (row["scale_odd"], row["scale_even"])
         scales = halves if None not in halves else (row["scale"], row["scale"])
         if row["method"] in methods and scales[0] is None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import polars as pl
 
 from saets import plots, results, results_page
 from saets.agreement import agreement_table
-from saets.battles import BattleTables, battle_tables
+from saets.battles import battle_tables
 from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.errors import InputError
@@ -24,6 +24,8 @@ from saets.summary import Summary, summarise
 class Outcome(NamedTuple):
     """What a run found."""
 
+    generations: pl.DataFrame
+    """The completions that this experiment asks for."""
     texts: pl.DataFrame
     """One row a completion with both criteria side by side; see `results.paired`."""
     compared: Summary
@@ -48,7 +50,7 @@ def read_outcome(session: Session) -> Outcome:
     """
     generations, grades = graded_texts(session)
     texts = results.paired(generations, grades)
-    return Outcome(texts, summarise(texts, seed=session.experiment.seed))
+    return Outcome(generations, texts, summarise(texts, seed=session.experiment.seed))
 
 
 def graded_texts(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -66,47 +68,54 @@ def graded_texts(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def write_results(session: Session) -> None:
-    """Write results.parquet (scales), scores.parquet (goals x methods), comparisons.parquet (pairs) and results.md."""
-    outcome = read_outcome(session)
-    generations, _ = graded_texts(session)
-    measures = session.run.measures.read()
-    by_cell = results.measure_table(generations, measures)
-    table = results.results_table(outcome.texts, seed=session.experiment.seed)
+    """Write results.parquet (scales), scores.parquet (goals x methods), comparisons.parquet (pairs) and results.md.
+
+    And agreement.parquet where the run folder has grades of several judges.
+    """
+    outcome, seed = read_outcome(session), session.experiment.seed
+    by_cell = results.measure_table(outcome.generations, session.run.measures.read())
+    table = results.results_table(outcome.texts, seed=seed)
     write_table(session, "results", table.join(by_cell, on=("goal", "method", "prompt", "scale"), how="left"))
     write_table(session, "scores", outcome.scores)
     write_table(session, "comparisons", outcome.compared.comparisons)
-    sections = [results_page.scores_section(outcome.compared, plots.display_names())]
-    if measures is not None:
-        by_scale = results.measure_table(generations, measures, ("goal", "method", "scale"))
-        sections.append(results_page.measures_section(by_scale, outcome.summary, plots.display_names()))
-    path = session.run.path / "side_effects.parquet"
-    if path.is_file():
-        sections.append(results_page.side_effects_section(pl.read_parquet(path.read_bytes()), plots.display_names()))
-    if (battles := _fought(session)) is not None:
-        sections.append(results_page.battles_section(battles, plots.display_names()))
-    agreement = agreement_table(*all_grades(session), seed=session.experiment.seed)
+    agreement = agreement_table(outcome.generations, all_grades(session), seed=seed)
     if len(agreement):
         write_table(session, "agreement", agreement)
-        sections.append(results_page.agreement_section(agreement))
-    (session.run.path / "results.md").write_text("\n".join(sections))
+    (session.run.path / "results.md").write_text("\n".join(_sections(session, outcome, agreement)))
 
 
-def _fought(session: Session) -> BattleTables | None:
-    """What `saets compare` found last, of texts that this experiment still has."""
-    path = session.run.path / "battles.parquet"
-    if not path.is_file():
-        return None
-    known = graded_texts(session)[0]["generation_id"].implode()
-    battles = pl.read_parquet(path.read_bytes()).filter(pl.all_horizontal(pl.col("first_id", "second_id").is_in(known)))
-    return battle_tables(battles, seed=session.experiment.seed) if len(battles) else None
+def _sections(session: Session, outcome: Outcome, agreement: pl.DataFrame) -> Iterator[str]:
+    """The parts of results.md for which there is something to say; what was measured of other texts or scales is left out."""
+    names, generations = plots.display_names(), outcome.generations
+    yield results_page.scores_section(outcome.compared, names)
+    if (measures := session.run.measures.read()) is not None:
+        by_scale = results.measure_table(generations, measures, ("goal", "method", "scale"))
+        yield results_page.measures_section(by_scale, outcome.summary, names)
+    if (side_effects := _read_table(session, "side_effects")) is not None:
+        vectors = generations.select("goal", "method", "vector_id").unique()
+        at_scale = outcome.summary.select("goal", "method", "scale").join(vectors, on=("goal", "method"))
+        present = side_effects.join(at_scale, on=("goal", "method", "scale", "vector_id"), how="semi", maintain_order="left")
+        if len(present):
+            yield results_page.side_effects_section(present, names)
+    if (battles := _read_table(session, "battles")) is not None:
+        known = generations["generation_id"].implode()
+        present = battles.filter(pl.all_horizontal(pl.col("first_id", "second_id").is_in(known)))
+        if len(present):
+            yield results_page.battles_section(battle_tables(present, seed=session.experiment.seed), names)
+    if len(agreement):
+        yield results_page.agreement_section(agreement)
 
 
-def all_grades(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Completions of this experiment, and their grades by every judge that the run folder knows.
+def _read_table(session: Session, name: str) -> pl.DataFrame | None:
+    path = session.run.path / f"{name}.parquet"
+    return pl.read_parquet(path.read_bytes()) if path.is_file() else None
+
+
+def all_grades(session: Session) -> pl.DataFrame:
+    """Grades of this experiment's goals by every judge that the run folder knows.
 
     Where one judge was told different things (another wording of a goal, say), each has a name of its own.
     """
-    generations, _ = graded_texts(session)
     frames = []
     for goal in check_goals(session.experiment):
         tables = {settings: table.read() for settings, table in session.run.judged(goal.id).items()}
@@ -116,7 +125,7 @@ def all_grades(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
             once = list(names.values()).count(names[settings]) == 1
             name = names[settings] if once else f"{names[settings]} ({settings[:6]})"
             frames.append(frame.with_columns(pl.lit(name).alias("judge")))
-    return generations, pl.concat(frames)
+    return pl.concat(frames)
 
 
 def write_table(session: Session, name: str, rows: pl.DataFrame) -> None:
@@ -157,7 +166,7 @@ def write_plots(session: Session) -> list[Location]:
 def samples(session: Session, *, per_method: int = 1) -> Iterable[tuple[str, str, float, str]]:
     """(goal, method, scale, prompt and completion) of some texts at each method's chosen scale, beside unsteered ones."""
     outcome = read_outcome(session)
-    generations, _ = graded_texts(session)
+    generations = outcome.generations
     for row in outcome.summary.sort("goal", maintain_order=True).iter_rows(named=True):
         if row["scale"] is None:
             continue

@@ -45,7 +45,7 @@ def measure_side_effects(session: Session) -> None:
         d_model = model_shape(session.experiment.model)[0]
         items = [VectorItem(key, "chosen", None, vectors[pair].direction.numpy()) for key, pair in todo.items()]
         _measure(session, items, [chosen[pair] for pair in todo.values()], d_model)
-    rows = _table(session, keys)
+    rows = _table(session, keys, {pair: vector.id for pair, vector in vectors.items()})
     if rows is not None:
         write_table(session, "side_effects", rows)
     write_results(session)
@@ -92,7 +92,7 @@ def _measure(session: Session, items: list[VectorItem], scales: list[float], d_m
     run.side_effects.write(side_effect_rows(measured[len(blocks) :], baseline))
 
 
-def _table(session: Session, keys: dict[Pair, str]) -> pl.DataFrame | None:
+def _table(session: Session, keys: dict[Pair, str], ids: dict[Pair, str]) -> pl.DataFrame | None:
     """One row a goal and method: loss on held-out text, effect on the target and on all other features."""
     frame = session.run.side_effects.read()
     if frame is None:
@@ -104,7 +104,9 @@ def _table(session: Session, keys: dict[Pair, str]) -> pl.DataFrame | None:
         row = found[key]
         effect = np.asarray(row["effect"], dtype=np.float64)
         shift = shift_of(effect, _weights(session, goals[goal], len(effect)), row["standard_error"] ** 2)
-        rows.append({"goal": goal, "method": method, **_figures(row, shift), "effect": row["effect"]})
+        rows.append(
+            {"goal": goal, "method": method, "vector_id": ids[goal, method], **_figures(row, shift), "effect": row["effect"]}
+        )
     return pl.DataFrame(rows, schema_overrides={"effect": frame.schema["effect"]}) if rows else None
 
 
