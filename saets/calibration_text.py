@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,18 +21,38 @@ def calibration_tokens(tokenizer: Any, settings: Effects) -> Int[Tensor, "chunks
     Raises:
         InputError: text missing or too short.
     """
+    wanted = settings.calibration_chunks
+    found = list(itertools.islice(_chunks(tokenizer, settings), wanted))
+    if len(found) < wanted:
+        raise InputError(
+            f"calibration text {settings.calibration_text} gives {len(found)} chunks of {settings.calibration_length} tokens; "
+            f"effects.calibration_chunks asks for {wanted}: give a longer text or ask for fewer"
+        )
+    return torch.tensor(found)
+
+
+def held_out_tokens(tokenizer: Any, settings: Effects) -> Int[Tensor, "chunks length"]:
+    """The chunks that follow those of `calibration_tokens`, at most as many: text on which no scale was calibrated.
+
+    Raises:
+        InputError: text missing, or none left.
+    """
+    wanted = settings.calibration_chunks
+    found = list(itertools.islice(_chunks(tokenizer, settings), wanted, 2 * wanted))
+    if not found:
+        raise InputError(
+            f"calibration text {settings.calibration_text} has nothing left after the {wanted} chunks of "
+            "effects.calibration_chunks; give a longer text to measure on text that was held out"
+        )
+    return torch.tensor(found)
+
+
+def _chunks(tokenizer: Any, settings: Effects) -> Iterator[list[int]]:
     length = settings.calibration_length
-    chunks: list[list[int]] = []
     for passage in passages(settings.calibration_text):
         bos, *tokens = encode(tokenizer, passage)
         for at in range(0, len(tokens) - length + 2, length - 1):
-            chunks.append([bos, *tokens[at : at + length - 1]])
-            if len(chunks) == settings.calibration_chunks:
-                return torch.tensor(chunks)
-    raise InputError(
-        f"calibration text {settings.calibration_text} gives {len(chunks)} chunks of {length} tokens; "
-        f"effects.calibration_chunks asks for {settings.calibration_chunks}: give a longer text or ask for fewer"
-    )
+            yield [bos, *tokens[at : at + length - 1]]
 
 
 def passages(source: str) -> Iterable[str]:

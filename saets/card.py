@@ -60,6 +60,12 @@ FILES = {
     "manifest.json": "versions, and the settings of each stage",
     "results.md": "scores of every goal and method with intervals",
     "results.parquet": "scores by goal, method and scale",
+    "scores.parquet": "held-out scores by goal and method, and which method wins",
+    "comparisons.parquet": "every pair of methods compared",
+    "agreement.parquet": "how far judges agree",
+    "battles.parquet": "pairs of texts compared by a judge",
+    "strengths.parquet": "strengths of methods in those battles",
+    "side_effects.parquet": "what each method does at its scale to held-out text and other features",
 }
 FOLDERS = {
     "vectors": "steering vectors of unit length, one file a goal and method",

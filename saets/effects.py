@@ -61,11 +61,19 @@ class Failure(NamedTuple):
 class EffectWorker:
     """Holds one model and one SAE, loaded once; turns items into measurements. Knows nothing of where it runs."""
 
-    def __init__(self, experiment: Experiment, rows: int | None = None, *, engine: RolloutEngine | None = None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        rows: int | None = None,
+        *,
+        engine: RolloutEngine | None = None,
+        calibrator: Calibrator | None = None,
+    ) -> None:
         """Loads the model and the SAE and runs the calibration text.
 
         `rows` is the number of rows a step that an earlier run recorded; by default `execution.rows`, and where that is `auto`
-        as many as the free memory holds. An `engine` given stands for the experiment's model, its hook and its sampling.
+        as many as the free memory holds. An `engine` given stands for the experiment's model, its hook and its sampling, a
+        `calibrator` for its calibration text.
 
         Raises:
             InputError: see `load_model`, `load_sae`, `RolloutEngine`, `calibration_tokens` and `Calibrator`.
@@ -78,7 +86,7 @@ class EffectWorker:
             self.model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature
         )
         self.sae = load_sae(experiment.sae, self.engine.decoder.d_model, self.engine.hook_device)
-        self.calibrator = Calibrator(
+        self.calibrator = calibrator or Calibrator(
             self.engine.decoder, calibration_tokens(self.engine.tokenizer, settings), scale_rule(settings)
         )
         self._prompts = [tuple(encode(self.engine.tokenizer, prompt, settings.prompt_format)) for prompt in settings.prompts]
@@ -93,12 +101,15 @@ class EffectWorker:
         return rows_that_fit(self.engine.decoder, self.experiment.effects.length, self.sae.cfg.d_sae, share=share)
 
     def measure(self, items: Sequence[VectorItem]) -> list[Measurement | Failure]:
-        """One result an item, in order. The shape of every step is `rows`, whatever the number of items.
+        """One result an item, in order, each at the scale found for it. See `measure_at`."""
+        return self.measure_at(items, self._calibrate(items))
+
+    def measure_at(self, items: Sequence[VectorItem], calibrations: Sequence[Calibration]) -> list[Measurement | Failure]:
+        """One result an item, in order, at given scales. The shape of every step is `rows`, whatever the number of items.
 
         A vector whose loss or activations are not finite is a `Failure`, and leaves its neighbours alone. Where memory runs
         out, `rows` is halved for good and the items are rolled out again.
         """
-        calibrations = self._calibrate(items)
         scales = [0.0 if found.outcome == "not_finite" else found.scale for found in calibrations]
         while True:
             try:

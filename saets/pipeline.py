@@ -5,6 +5,7 @@ from __future__ import annotations
 from saets.stages.effects import measure_effects
 from saets.stages.evaluate import evaluate
 from saets.stages.fit import fit_approximator
+from saets.stages.measures import measure_completions
 from saets.stages.pull import stands_in, use_published
 from saets.stages.results import write_plots, write_results
 from saets.stages.session import Session
@@ -22,5 +23,6 @@ def run_all(session: Session) -> None:
         measure_effects(session)
         fit_approximator(session)
     evaluate(session, build_vectors(session))
+    measure_completions(session)
     write_results(session)
     write_plots(session)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -64,6 +64,44 @@ class Grade:
     """What the judge said, or the figures behind a local score."""
     error: str | None
     """Why there is no score."""
+    judge: str
+    """Name of the judge, with its model."""
+
+
+Winner = Literal["first", "second", "tie"]
+
+
+@dataclass(frozen=True)
+class BattleItem:
+    """Two completions of one prompt and sample number, to be compared by one criterion, in the order in which they are shown."""
+
+    battle_id: str
+    goal: str
+    criterion: Criterion
+    prompt: str
+    sample: int
+    first: str
+    """Method of the text shown first."""
+    second: str
+    first_id: str
+    """Its generation id."""
+    second_id: str
+
+    def ended(self, winner: Winner | None, *, judge: str, reply: str = "", error: str | None = None) -> Battle:
+        """This battle, fought."""
+        return Battle(**asdict(self), winner=winner, reply=reply, error=error, judge=judge)
+
+
+@dataclass(frozen=True)
+class Battle(BattleItem):
+    """An item and how it ended."""
+
+    winner: Winner | None
+    """None where the judge failed."""
+    reply: str
+    """What the judge said, or the two scores that were compared."""
+    error: str | None
+    """Why there is no winner."""
     judge: str
     """Name of the judge, with its model."""
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from saets.effects import Failure, Measurement, effect_of
 from saets.engine.calibration import Calibration
 from saets.errors import InputError
-from saets.records import Generation, Grade, VectorItem
+from saets.measures import Measures
+from saets.records import Battle, Generation, Grade, VectorItem
 from saets.store import Table
 
 GENERATIONS = pa.schema(
@@ -40,7 +41,35 @@ GRADES = pa.schema(
         ("judge", pa.string()),
     ]
 )
-
+BATTLES = pa.schema(
+    [
+        ("battle_id", pa.string()),
+        ("goal", pa.string()),
+        ("criterion", pa.string()),
+        ("prompt", pa.string()),
+        ("sample", pa.int64()),
+        ("first", pa.string()),
+        ("second", pa.string()),
+        ("first_id", pa.string()),
+        ("second_id", pa.string()),
+        ("winner", pa.string()),
+        ("reply", pa.string()),
+        ("error", pa.string()),
+        ("judge", pa.string()),
+    ]
+)
+MEASURES = pa.schema(
+    [
+        ("generation_id", pa.string()),
+        ("loss", pa.float64()),
+        ("perplexity", pa.float64()),
+        ("distinct_1", pa.float64()),
+        ("distinct_2", pa.float64()),
+        ("repetition", pa.float64()),
+        ("n_tokens", pa.int64()),
+        ("n_words", pa.int64()),
+    ]
+)
 
 MEASURED = pa.schema(
     [
@@ -137,6 +166,31 @@ def generation_rows(texts: Sequence[Generation]) -> pa.Table:
 def grade_rows(grades: Sequence[Grade]) -> pa.Table:
     """One row a criterion of a completion."""
     return pa.Table.from_pylist([asdict(grade) for grade in grades], GRADES)
+
+
+def battle_rows(battles: Sequence[Battle]) -> pa.Table:
+    """One row a battle."""
+    return pa.Table.from_pylist([asdict(battle) for battle in battles], BATTLES)
+
+
+def measures_rows(measures: Sequence[Measures]) -> pa.Table:
+    """One row a completion: its figures that need no judge."""
+    return pa.Table.from_pylist([asdict(found) for found in measures], MEASURES)
+
+
+def side_effect_rows(measurements: Sequence[Measurement], baseline: Baseline) -> pa.Table:
+    """One row a vector and scale: losses on held-out text, effect in float32 and its standard error (RMS over features)."""
+    return pa.table(
+        {
+            "vector_id": [found.item.vector_id for found in measurements],
+            "scale": [found.calibration.scale for found in measurements],
+            "loss": [found.calibration.loss for found in measurements],
+            "unsteered_loss": [found.unsteered_loss for found in measurements],
+            "n_rollouts": [found.n_rollouts for found in measurements],
+            "standard_error": np.sqrt([found.error_variance + baseline.error_variance for found in measurements]),
+            "effect": tensor_column([effect_of(found.mean, baseline.mean) for found in measurements]),
+        }
+    )
 
 
 def tensor_column(arrays: Sequence[NDArray[np.generic]]) -> pa.FixedShapeTensorArray:

@@ -201,10 +201,19 @@ class RunFolder:
         """Vectors whose effects are kept in `moments` alone: what the effects' table says of them, without vector and effect."""
         self.published_effects = Table(self.path / "published" / "effects", ["vector_id"])
         self.generations = Table(self.path / "generations", ["generation_id"])
+        self.side_effects = Table(self.path / "side_effects", ["vector_id"])
+        """By ids of vector and scale together."""
+        self.battles = Table(self.path / "battles", ["battle_id"])
+        self.measures = Table(self.path / "measures", ["generation_id"])
 
     def grades(self, goal: str, settings: str) -> Table:
         """Grades of one goal by one judge; `settings` is the hash of what the judge was told."""
         return Table(self.path / "grades" / f"{goal}-{settings}", ["generation_id", "criterion"])
+
+    def judged(self, goal: str) -> dict[str, Table]:
+        """All grades of one goal, by the hash of what the judge was told."""
+        names = [name for name in (self.path / "grades").entries() if name.rpartition("-")[0] == goal]
+        return {name.rpartition("-")[2]: self.grades(goal, name.rpartition("-")[2]) for name in sorted(names)}
 
     @property
     def fitting(self) -> Location:

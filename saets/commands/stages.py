@@ -33,7 +33,10 @@ def add(commands: Commands) -> None:
     add_command(commands, "vectors", _vectors, "build the vector of every goal and method")
     add_command(commands, "generate", _generate, "write steered text")
     add_command(commands, "grade", _grade, "grade the text that is there")
-    add_command(commands, "evaluate", _evaluate, "write and grade steered text, both at once")
+    evaluate = add_command(commands, "evaluate", _evaluate, "write and grade steered text, both at once")
+    evaluate.add_argument(
+        "--side-effects", action="store_true", help="also measure what each method does at its scale to other text and features"
+    )
     add_command(commands, "plot", _plot, "draw the plots of what is graded")
     add_command(commands, "doctor", _doctor, "check that hooks, logits and effects are what the method takes for granted")
     pull = add_command(commands, "pull", _pull, "fetch the published files that an experiment names into its run folder")
@@ -126,14 +129,20 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _texts(options: argparse.Namespace, *, generate: bool, grade: bool) -> None:
     from saets.stages.evaluate import evaluate
+    from saets.stages.measures import measure_completions
     from saets.stages.results import write_results
+    from saets.stages.side_effects import measure_side_effects
     from saets.stages.vectors import build_vectors, read_vectors
 
     with session_of(options, goals=True, judge=grade) as session:
         vectors = build_vectors(session) if generate else read_vectors(session)
         evaluate(session, vectors, generate=generate, grade=grade)
+        if generate:
+            measure_completions(session)
         if grade:
             write_results(session)
+            if generate and options.side_effects:
+                measure_side_effects(session)
             _show_outcome(session)
         else:
             show_path("completions", session.run.generations.folder)
@@ -166,13 +175,14 @@ def _show_outcome(session: Session) -> None:
 
     names = plots.display_names()
     outcome = read_outcome(session)
-    table = Table("goal", "method", "score", "95% interval", "scale", "optimistic max", box=None, pad_edge=False)
-    for row in outcome.summary.iter_rows(named=True):
+    table = Table("goal", "method", "score", "95% interval", "", "scale", "optimistic max", box=None, pad_edge=False)
+    for row in outcome.scores.iter_rows(named=True):
         table.add_row(
             escape(row["goal"]),
             names.get(row["method"], row["method"]),
             _number(row["held_out"]),
             f"{_number(row['held_out_low'])} to {_number(row['held_out_high'])}",
+            {"winner": "winner", "tie": "tie"}.get(row["standing"], ""),
             _number(row["scale"], ".0f"),
             _number(row["optimistic_max"]),
         )

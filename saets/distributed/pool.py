@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 from saets.config import Experiment
 from saets.contrast import FeatureContrast
 from saets.distributed.cluster import Cluster, actor_count, input_error
+from saets.disturbance import DisturbanceWorker
+from saets.effects import Failure, Measurement
 from saets.engine.calibration import ScaleRange
 from saets.generation import SteeringWorker
 from saets.goal import Goal
 from saets.judge.local import LocalJudge
-from saets.records import Generation, GenerationItem, Grade
+from saets.measures import Measures, measure_texts
+from saets.records import Generation, GenerationItem, Grade, VectorItem
 
 Result = TypeVar("Result")
 Call = Callable[..., Awaitable[Any]]
@@ -32,7 +35,7 @@ TASK_RETRIES = 2
 
 
 class SteeringActor:
-    """A `SteeringWorker`, and on demand a local judge that shares its model."""
+    """A `SteeringWorker`, and on demand a local judge and a worker for side effects that share its model."""
 
     def __init__(self, experiment: str) -> None:
         self.experiment = Experiment.model_validate_json(experiment)
@@ -40,9 +43,18 @@ class SteeringActor:
             torch.set_num_threads(max(1, int(self.experiment.execution.cpus_per_actor)))
         self.worker = SteeringWorker(self.experiment)
         self._judge: LocalJudge | None = None
+        self._disturbance: DisturbanceWorker | None = None
 
     def generate(self, items: Sequence[GenerationItem], directions: Mapping[str, NDArray[np.float32]]) -> list[Generation]:
         return self.worker.generate(items, directions)
+
+    def disturb(self, items: Sequence[VectorItem], scales: Sequence[float], rows: int | None) -> list[Measurement | Failure]:
+        if self._disturbance is None:
+            self._disturbance = DisturbanceWorker(self.experiment, self.worker.model, rows)
+        return self._disturbance.measure(items, scales)
+
+    def measure(self, texts: Sequence[Generation]) -> list[Measures]:
+        return measure_texts(self.worker.model, texts, self.experiment.evaluation.prompt_format)
 
     def contrast(self, goal: Goal) -> dict[str, NDArray[np.float32]]:
         return self.worker.contrast(goal)

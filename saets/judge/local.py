@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from saets.engine.batch import Row
-from saets.engine.calibration import token_losses
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
 from saets.goal import Examples, Goal
 from saets.judge import clean_text
 from saets.judge.embedder import Embedder
+from saets.measures import CompletionTokens, completion_losses, distinct_share
 from saets.records import CRITERIA, Generation, Grade
 from saets.tokens import PromptFormat, completion_text, encode, end_tokens
-
-LOSS_BATCH = 64
-"""Texts whose loss is computed together."""
 
 RIDGE = 0.1
 """Penalty on the slope of the calibration, for scores of unit variance: keeps it finite where the examples separate."""
@@ -51,8 +46,6 @@ the model would seldom write itself, have 4.0 to 4.5."""
 HALF_DEVIATIONS = 3.0
 """But never nearer than this many standard deviations of the reference, so that short completions, whose mean loss is
 noisy, are not called incoherent by chance."""
-
-WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Logistic(NamedTuple):
@@ -152,7 +145,6 @@ class Coherence:
         if not prompts:
             raise InputError("the local judge has no prompts to compare with; give at least one")
         self._model, self._prompt_format = model, prompt_format
-        self._device = next(model.original_model.parameters()).device
         engine = RolloutEngine(model, "blocks.0.hook_resid_post", top_k=top_k, temperature=temperature)
         own = self._own_completions(engine, prompts, new_tokens, seed)
         losses = [fluency.loss for fluency in self.measure(own)]
@@ -172,27 +164,13 @@ class Coherence:
         """The coherence score, 0..1."""
         return self._curve.at(fluency.loss) * fluency.distinct
 
-    @torch.no_grad()
     def measure(self, texts: Sequence[tuple[str, str]]) -> list[Fluency]:
         """The figures of each (prompt, completion); a completion must have at least one token."""
-        tokenizer = self._model.tokenizer
-        heads = [self._encode(prompt) for prompt, _ in texts]
-        tails = [tokenizer.encode(clean_text(completion), add_special_tokens=False) for _, completion in texts]
-        losses = [0.0] * len(texts)
-        by_length = sorted(range(len(texts)), key=lambda i: len(heads[i]) + len(tails[i]))
-        for at in range(0, len(by_length), LOSS_BATCH):
-            batch = by_length[at : at + LOSS_BATCH]
-            rows = [torch.tensor(heads[i] + tails[i]) for i in batch]
-            # Padding on the right is never attended to by the tokens before it, so any token will do.
-            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._device)
-            logits = self._model(tokens, attention_mask=torch.ones_like(tokens))
-            each = token_losses(logits[:, :-1], tokens[:, 1:])
-            for row, i in zip(each, batch, strict=True):
-                start = len(heads[i]) - 1
-                losses[i] = row[start : start + len(tails[i])].mean().item()
+        tokens = CompletionTokens(self._model.tokenizer, texts, self._prompt_format)
+        losses = completion_losses(self._model, tokens)
         return [
             Fluency(loss, distinct_share(completion, tail))
-            for loss, tail, (_, completion) in zip(losses, tails, texts, strict=True)
+            for loss, tail, (_, completion) in zip(losses, tokens.tails, texts, strict=True)
         ]
 
     def _encode(self, prompt: str) -> list[int]:
@@ -331,20 +309,6 @@ def fit_logistic(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> Logi
     if slope < MIN_SLOPE:
         slope, offset = MIN_SLOPE, _logit(float(labels.mean()))
     return Logistic(slope / spread, offset - slope * centre / spread)
-
-
-def distinct_share(text: str, tokens: Sequence[int]) -> float:
-    """0 for a text that is one loop, 1 where no trigram repeats: (distinct - 1) / (all - 1), the lower of words and tokens.
-
-    Words see through tokens that differ in spelling only or hold a whole run of dots; tokens see a loop inside one long
-    word, and writing without spaces.
-    """
-    return min(_distinct(WORD.findall(text.lower())), _distinct(tokens))
-
-
-def _distinct(units: Sequence[str] | Sequence[int]) -> float:
-    trigrams = list(zip(units, units[1:], units[2:], strict=False))
-    return (len(set(trigrams)) - 1) / (len(trigrams) - 1) if len(trigrams) > 1 else 1.0
 
 
 def _logit(share: float) -> float:

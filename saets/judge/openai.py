@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -84,6 +84,10 @@ class UnusableReply(ValueError):
     """A reply without a score from 1 to 10; the message says what is wrong with it."""
 
 
+class NoReply(Exception):
+    """The server gave no reply to this message, for good; says why, without the key."""
+
+
 class OpenAIJudge:
     """Asks a chat model for an integer score from 1 to 10, once a criterion, at temperature 0."""
 
@@ -135,6 +139,18 @@ class OpenAIJudge:
         """Two grades a text, behaviour then coherence, in the order of the texts; a failure is a grade without a score."""
         return await asyncio.gather(*(self._grade(goal, text, criterion) for text in texts for criterion in CRITERIA))
 
+    async def ask(self, message: str, options: Mapping[str, Any]) -> str:
+        """The reply to a message; `options` ask for its form and are left out for a server that refuses them.
+
+        Raises:
+            NoReply: none came, for good.
+        """
+        async with self._slots:
+            try:
+                return await self._reply(message, self._client, options)
+            except APIError as error:
+                raise NoReply(self._explain(error)) from error
+
     async def _grade(self, goal: Goal, text: Generation, criterion: Criterion) -> Grade:
         message = prompt_for(goal, text, criterion)
         reply, reason = "", ""
@@ -151,19 +167,19 @@ class OpenAIJudge:
                     return Grade(text.generation_id, criterion, None, reply, self._explain(error), self.name)
         return Grade(text.generation_id, criterion, None, reply, f"{reason}; asked twice", self.name)
 
-    async def _reply(self, message: str, client: AsyncOpenAI) -> str:
-        """What the model says, with the score's format asked for unless this server is known to refuse that."""
+    async def _reply(self, message: str, client: AsyncOpenAI, options: Mapping[str, Any] = SCORE_FORMAT) -> str:
+        """What the model says, with a format asked for (the score's) unless this server is known to refuse that."""
         if not self._takes_format:
             return await self._call(message, client, {})
         try:
-            return await self._call(message, client, SCORE_FORMAT)
+            return await self._call(message, client, options)
         except (BadRequestError, UnprocessableEntityError):
             # The format may not be what was refused (a text can be too long): only an answer without it settles that.
             reply = await self._call(message, client, {})
             self._takes_format = False
             return reply
 
-    async def _call(self, message: str, client: AsyncOpenAI, options: dict[str, Any]) -> str:
+    async def _call(self, message: str, client: AsyncOpenAI, options: Mapping[str, Any]) -> str:
         try:
             completion = await client.chat.completions.create(
                 model=self._model,

@@ -56,7 +56,7 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
 
 def _measure(session: Session, pending: Pending, writer: EffectWriter, shipped: RunFolder | None) -> None:
     experiment, run = session.experiment, session.run
-    rows = _recorded_rows(run) if experiment.execution.rows == "auto" else None
+    rows = recorded_rows(run) if experiment.execution.rows == "auto" else None
     session.cluster.connect()
     board = open_board()
     failed = 0
@@ -101,7 +101,7 @@ def _check_baseline(failures: Iterable[Failure]) -> None:
             )
 
 
-def _recorded_rows(run: RunFolder) -> int | None:
+def recorded_rows(run: RunFolder) -> int | None:
     """Rows a step with which this run last measured."""
     rows = run.manifest().get("effects", {}).get("worker", {}).get("rows_per_step")
     return None if rows is None else int(rows)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import polars as pl
 
-from saets import plots, results
+from saets import plots, results, results_page
+from saets.agreement import agreement_table
+from saets.battles import battle_tables
 from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.errors import InputError
@@ -16,15 +18,28 @@ from saets.records import UNSTEERED
 from saets.stages.evaluate import grade_settings, wanted_generations
 from saets.stages.session import Session
 from saets.storage import Location
+from saets.summary import Summary, summarise
 
 
 class Outcome(NamedTuple):
     """What a run found."""
 
+    generations: pl.DataFrame
+    """The completions that this experiment asks for."""
     texts: pl.DataFrame
     """One row a completion with both criteria side by side; see `results.paired`."""
-    summary: pl.DataFrame
-    """One row a goal and method; see `results.summary_table`."""
+    compared: Summary
+    """Goals, methods and pairs of them."""
+
+    @property
+    def summary(self) -> pl.DataFrame:
+        """One row a goal and method; see `saets.summary.summary_table`."""
+        return self.compared.methods
+
+    @property
+    def scores(self) -> pl.DataFrame:
+        """The same, and one row a method for the mean over goals."""
+        return pl.concat([self.compared.methods, self.compared.overall])
 
 
 def read_outcome(session: Session) -> Outcome:
@@ -35,7 +50,7 @@ def read_outcome(session: Session) -> Outcome:
     """
     generations, grades = graded_texts(session)
     texts = results.paired(generations, grades)
-    return Outcome(texts, results.summary_table(texts, seed=session.experiment.seed))
+    return Outcome(generations, texts, summarise(texts, seed=session.experiment.seed))
 
 
 def graded_texts(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -53,13 +68,71 @@ def graded_texts(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def write_results(session: Session) -> None:
-    """Write results.parquet and results.md."""
-    outcome = read_outcome(session)
-    table = results.results_table(outcome.texts, seed=session.experiment.seed)
+    """Write results.parquet (scales), scores.parquet (goals x methods), comparisons.parquet (pairs) and results.md.
+
+    And agreement.parquet where the run folder has grades of several judges.
+    """
+    outcome, seed = read_outcome(session), session.experiment.seed
+    by_cell = results.measure_table(outcome.generations, session.run.measures.read())
+    table = results.results_table(outcome.texts, seed=seed)
+    write_table(session, "results", table.join(by_cell, on=("goal", "method", "prompt", "scale"), how="left"))
+    write_table(session, "scores", outcome.scores)
+    write_table(session, "comparisons", outcome.compared.comparisons)
+    agreement = agreement_table(outcome.generations, all_grades(session), seed=seed)
+    if len(agreement):
+        write_table(session, "agreement", agreement)
+    (session.run.path / "results.md").write_text("\n".join(_sections(session, outcome, agreement)))
+
+
+def _sections(session: Session, outcome: Outcome, agreement: pl.DataFrame) -> Iterator[str]:
+    """The parts of results.md for which there is something to say; what was measured of other texts or scales is left out."""
+    names, generations = plots.display_names(), outcome.generations
+    yield results_page.scores_section(outcome.compared, names)
+    if (measures := session.run.measures.read()) is not None:
+        by_scale = results.measure_table(generations, measures, ("goal", "method", "scale"))
+        yield results_page.measures_section(by_scale, outcome.summary, names)
+    if (side_effects := _read_table(session, "side_effects")) is not None:
+        vectors = generations.select("goal", "method", "vector_id").unique()
+        at_scale = outcome.summary.select("goal", "method", "scale").join(vectors, on=("goal", "method"))
+        present = side_effects.join(at_scale, on=("goal", "method", "scale", "vector_id"), how="semi", maintain_order="left")
+        if len(present):
+            yield results_page.side_effects_section(present, names)
+    if (battles := _read_table(session, "battles")) is not None:
+        known = generations["generation_id"].implode()
+        present = battles.filter(pl.all_horizontal(pl.col("first_id", "second_id").is_in(known)))
+        if len(present):
+            yield results_page.battles_section(battle_tables(present, seed=session.experiment.seed), names)
+    if len(agreement):
+        yield results_page.agreement_section(agreement)
+
+
+def _read_table(session: Session, name: str) -> pl.DataFrame | None:
+    path = session.run.path / f"{name}.parquet"
+    return pl.read_parquet(path.read_bytes()) if path.is_file() else None
+
+
+def all_grades(session: Session) -> pl.DataFrame:
+    """Grades of this experiment's goals by every judge that the run folder knows.
+
+    Where one judge was told different things (another wording of a goal, say), each has a name of its own.
+    """
+    frames = []
+    for goal in check_goals(session.experiment):
+        tables = {settings: table.read() for settings, table in session.run.judged(goal.id).items()}
+        graded = {settings: frame for settings, frame in tables.items() if frame is not None}
+        names = {settings: str(frame["judge"][0]) for settings, frame in graded.items()}
+        for settings, frame in graded.items():
+            once = list(names.values()).count(names[settings]) == 1
+            name = names[settings] if once else f"{names[settings]} ({settings[:6]})"
+            frames.append(frame.with_columns(pl.lit(name).alias("judge")))
+    return pl.concat(frames)
+
+
+def write_table(session: Session, name: str, rows: pl.DataFrame) -> None:
+    """Write NAME.parquet into the run folder, whole or not at all."""
     content = io.BytesIO()
-    table.write_parquet(content)
-    (session.run.path / "results.parquet").write_bytes(content.getvalue())
-    (session.run.path / "results.md").write_text(results.markdown_table(outcome.summary, plots.display_names()))
+    rows.write_parquet(content)
+    (session.run.path / f"{name}.parquet").write_bytes(content.getvalue())
 
 
 def write_plots(session: Session) -> list[Location]:
@@ -96,7 +169,7 @@ def samples(session: Session, *, per_method: int = 1) -> Iterable[tuple[str, str
     An arrow stands between a user's prompt and the assistant's answer.
     """
     outcome = read_outcome(session)
-    generations, _ = graded_texts(session)
+    generations = outcome.generations
     between = "" if session.experiment.evaluation.prompt_format == "plain" else " -> "
     for row in outcome.summary.sort("goal", maintain_order=True).iter_rows(named=True):
         if row["scale"] is None:

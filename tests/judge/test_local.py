@@ -24,10 +24,10 @@ from saets.judge.local import (
     LocalJudge,
     Logistic,
     area_under_curve,
-    distinct_share,
     fit_logistic,
     leave_one_out,
 )
+from saets.measures import distinct_share
 from saets.model import load_model
 from saets.model_config import Model
 from saets.records import Generation

@@ -1,0 +1,176 @@
+"""Pairwise battles between methods, each at its chosen scale, over the same prompts and sample numbers; each fought once."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import fields
+from typing import NamedTuple
+
+import polars as pl
+
+from saets.battles import BattleTables, battle_tables
+from saets.checks import check_goals
+from saets.config import settings_hash
+from saets.errors import InputError, unknown
+from saets.goal import COHERENCE, Goal
+from saets.judge.battle import BATTLE_VERSION, TIE_BAND, AskedBattles, compare_scores
+from saets.judge.choice import judge_name
+from saets.judge.openai import OpenAIJudge
+from saets.records import CRITERIA, UNSTEERED, Battle, BattleItem, Criterion, Generation, content_id
+from saets.rows import battle_rows
+from saets.stages.evaluate import grade_settings
+from saets.stages.results import graded_texts, read_outcome, write_results, write_table
+from saets.stages.session import Session
+from saets.store import Appender
+
+Fight = Callable[[Goal, BattleItem, Generation, Generation], Awaitable[Battle]]
+
+
+class Wanted(NamedTuple):
+    """Which battles are to be fought."""
+
+    methods: Sequence[str] | None = None
+    """Methods that fight, at least two; by default all of the experiment."""
+    criteria: Sequence[Criterion] = CRITERIA
+    samples: int | None = None
+    """Sample numbers of a prompt, from 0; by default all."""
+
+
+def compare(session: Session, wanted: Wanted, *, retry_failed: bool = False) -> BattleTables:
+    """Fight the battles that are missing and write battles.parquet, strengths.parquet and results.md.
+
+    A failed battle counts as fought, and is fought again with `retry_failed`.
+
+    Raises:
+        InputError: fewer than two methods, unknown ones, ones without graded texts, or a judge that cannot be used.
+    """
+    goals = {goal.id: goal for goal in check_goals(session.experiment)}
+    items, texts = battle_items(session, goals, wanted)
+    fought = session.run.battles.read()
+    if fought is not None and retry_failed:
+        fought = fought.drop_nulls("winner")
+    done = set() if fought is None else set(fought["battle_id"])
+    missing = [item for item in items if item.battle_id not in done]
+    if missing:
+        asyncio.run(_fight(session, goals, missing, texts, len(items)))
+    return _write(session, [item.battle_id for item in items])
+
+
+def battle_items(session: Session, goals: dict[str, Goal], wanted: Wanted) -> tuple[list[BattleItem], dict[str, Generation]]:
+    """Every battle: goals x criteria x pairs of methods x prompts x samples, in both orders; and the texts by id.
+
+    An even sample fights with its text at the scale that the odd ones chose, and the other way round: no text has a say in the
+    scale at which it is judged. Where there are no halves it is the scale that all samples chose. Scale 0 is the unsteered text.
+    """
+    methods = _methods(session, wanted)
+    outcome = read_outcome(session)
+    places, rows = _places(outcome.summary, methods), outcome.generations
+    if wanted.samples is not None:
+        rows = rows.filter(pl.col("sample") < wanted.samples)
+    names = [field.name for field in fields(Generation)]
+    texts = {row["generation_id"]: Generation(**row) for row in rows.select(names).iter_rows(named=True)}
+    by_place = {(text.goal, text.method, text.scale, text.prompt, text.sample): key for key, text in texts.items()}
+    samples = sorted({(text.prompt, text.sample) for text in texts.values()})
+    identity = {goal: _identity(session, of_goal) for goal, of_goal in goals.items()}
+    items = []
+    for goal, criterion, (one, other), (prompt, sample) in itertools.product(
+        goals, wanted.criteria, itertools.combinations(methods, 2), samples
+    ):
+        ids = {}
+        for method in (one, other):
+            scale = places[goal, method][sample % 2]
+            ids[method] = by_place.get((goal, method if scale else UNSTEERED, scale, prompt, sample))
+        for first, second in ((one, other), (other, one)):
+            first_id, second_id = ids[first], ids[second]
+            if first_id is not None and second_id is not None:
+                key = content_id(identity[goal], criterion, first, second, first_id, second_id)
+                items.append(BattleItem(key, goal, criterion, prompt, sample, first, second, first_id, second_id))
+    return items, texts
+
+
+def _methods(session: Session, wanted: Wanted) -> list[str]:
+    known = session.experiment.steering.methods
+    methods = list(dict.fromkeys(wanted.methods or known))
+    for method in methods:
+        if method not in known:
+            raise unknown("method of this experiment", method, known)
+    if len(methods) < 2:
+        raise InputError(f"a battle needs two methods; got {', '.join(methods)}: name more, or add some to steering.methods")
+    return methods
+
+
+def _places(summary: pl.DataFrame, methods: Sequence[str]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Scales of each goal and method: for even and for odd samples."""
+    places = {}
+    for row in summary.iter_rows(named=True):
+        halves = (row["scale_odd"], row["scale_even"])
+        scales = halves if None not in halves else (row["scale"], row["scale"])
+        if row["method"] in methods and scales[0] is None:
+            raise InputError(f"goal {row['goal']!r}, method {row['method']!r} has no graded text; run `saets grade` first")
+        places[row["goal"], row["method"]] = scales
+    return places
+
+
+def _identity(session: Session, goal: Goal) -> str:
+    """A hash of all that a battle of this goal depends on besides criterion and texts."""
+    judge = session.experiment.judge
+    if judge.kind == "local":
+        return settings_hash([grade_settings(session, goal), TIE_BAND])
+    return settings_hash([judge_name(judge), goal.behaviour, COHERENCE, BATTLE_VERSION])
+
+
+async def _fight(
+    session: Session, goals: dict[str, Goal], missing: Sequence[BattleItem], texts: dict[str, Generation], total: int
+) -> None:
+    judge = OpenAIJudge(session.experiment.judge) if session.experiment.judge.kind == "openai" else None
+    try:
+        if judge is not None:
+            await judge.check()
+        fight = AskedBattles(judge.ask, judge.name).fight if judge is not None else _by_scores(session)
+        with (
+            Appender(session.run.battles, battle_rows) as out,
+            session.progress.stage("comparing", total, total - len(missing), "battles") as advance,
+        ):
+
+            async def one(item: BattleItem) -> None:
+                out.add([await fight(goals[item.goal], item, texts[item.first_id], texts[item.second_id])])
+                advance(1)
+
+            fights = [asyncio.ensure_future(one(item)) for item in missing]
+            try:
+                await asyncio.gather(*fights)
+            finally:
+                for task in fights:
+                    task.cancel()
+    finally:
+        if judge is not None:
+            await judge.close()
+
+
+def _by_scores(session: Session) -> Fight:
+    """Compares the local judge's own grades."""
+    grades = graded_texts(session)[1]
+    scores = {
+        (key, criterion): score for key, criterion, score in grades.select("generation_id", "criterion", "score").iter_rows()
+    }
+    name = judge_name(session.experiment.judge)
+
+    async def fight(goal: Goal, item: BattleItem, first: Generation, second: Generation) -> Battle:
+        one, other = (scores.get((text.generation_id, item.criterion)) for text in (first, second))
+        return compare_scores(item, one, other, name)
+
+    return fight
+
+
+def _write(session: Session, ids: Sequence[str]) -> BattleTables:
+    fought = session.run.battles.read()
+    if fought is None:
+        raise InputError("there is no pair of texts to compare; give a higher --samples, or run `saets evaluate` first")
+    fought = fought.filter(pl.col("battle_id").is_in(ids))
+    tables = battle_tables(fought, seed=session.experiment.seed)
+    write_table(session, "battles", fought)
+    write_table(session, "strengths", tables.strengths)
+    write_results(session)
+    return tables

@@ -1,0 +1,179 @@
+"""`saets compare` on a run folder with texts and grades, by the local judge's scores and by a chat model over HTTP."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+from saets import statistics
+from saets.battles import BattleTables
+from saets.cli import main
+from saets.config import Experiment
+from saets.errors import InputError
+from saets.experiment import load_experiment
+from saets.goal import load_goal
+from saets.records import CRITERIA, Generation, Grade
+from saets.rows import generation_rows, grade_rows
+from saets.stages.compare import Wanted, compare
+from saets.stages.evaluate import generation_items, grade_settings
+from saets.stages.session import Session
+from saets.store import RunFolder
+from saets.vector import SteeringVector
+from tests.chat_server import KEY, Answer, Server, says
+
+METHODS = ("caa", "sae", "sae_ts")
+BEST = {("caa", 8.0): 0.5, ("caa", 16.0): 0.2, ("sae", 8.0): 0.2, ("sae", 16.0): 0.3, ("sae_ts", 8.0): 0.4, ("sae_ts", 16.0): 0.9}
+"""Behaviour by method and scale; sae_ts at 16 beats caa at 8 and sae at 16."""
+
+BATTLES = 3 * 2 * 2 * 4
+"""Pairs, criteria, orders, samples."""
+
+
+def experiment(*changes: str) -> Experiment:
+    found = load_experiment("tiny", changes)
+    alone = {"goals": ("london",), "features": {"london": ((3, 1.0),)}}
+    return found.model_copy(update={"steering": found.steering.model_copy(update=alone)})
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder whose completions name their method and scale, graded by each judge."""
+    monkeypatch.setattr(statistics, "FLIPS", 500)
+    for judge in ("local", "openai"):
+        with Session.open(experiment(f"judge.kind={judge}", "judge.model=m"), tmp_path / "run") as session:
+            fill(session)
+    return tmp_path / "run"
+
+
+def fill(session: Session) -> None:
+    vectors = {}
+    for number, method in enumerate(METHODS):
+        vector = SteeringVector(torch.eye(32)[number], session.experiment.hook_name)
+        vector.save(session.run.vector("london", method))
+        vectors["london", method] = vector
+    texts = [
+        Generation(**asdict(item), completion=f" {item.method} {item.scale:g}") for item in generation_items(session, vectors)
+    ]
+    if session.run.generations.read() is None:
+        session.run.generations.write(generation_rows(texts))
+    grades = [
+        Grade(text.generation_id, criterion, BEST.get((text.method, text.scale), 0.0) if which == 0 else 0.8, "", None, "judge")
+        for text in texts
+        for which, criterion in enumerate(CRITERIA)
+    ]
+    session.run.grades("london", grade_settings(session, load_goal("london"))).write(grade_rows(grades))
+
+
+def fight(out: Path, *changes: str, **wanted: Any) -> BattleTables:
+    with Session.open(experiment(*changes), out) as session:
+        return compare(session, Wanted(**wanted))
+
+
+def test_the_local_judges_scores_fight_without_key_or_calls(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with Session.open(experiment(), out):
+        pass
+    assert main(["compare", str(out)]) == 0
+    battles = pl.read_parquet(out / "battles.parquet")
+    assert len(battles) == BATTLES
+    behaviour = battles.filter(pl.col("criterion") == "behaviour")
+    assert set(behaviour["winner"]) == {"first", "second"}
+    assert set(battles.filter(pl.col("criterion") == "coherence")["winner"]) == {"tie"}
+    strengths = pl.read_parquet(out / "strengths.parquet").filter(pl.col("criterion") == "behaviour")
+    assert strengths["method"].to_list() == ["sae_ts", "caa", "sae"]
+    printed = capsys.readouterr().out
+    assert "a proxy, the same in both orders" in printed
+    page = (out / "results.md").read_text()
+    assert "## Battles" in page
+    assert "a proxy" in page
+
+
+def test_each_method_fights_with_its_text_at_the_scale_that_the_other_half_chose(out: Path) -> None:
+    fight(out)
+    texts = RunFolder(out).generations.read()
+    assert texts is not None
+    battles = pl.read_parquet(out / "battles.parquet")
+    said = battles.join(texts, left_on="first_id", right_on="generation_id")
+    assert set(said["completion"]) == {" caa 8", " sae 16", " sae_ts 16"}
+    assert (said["first"] == said["method"]).all()
+    assert (said["prompt"] == said["prompt_right"]).all()
+    assert (said["sample"] == said["sample_right"]).all()
+
+
+def prefers_sae_ts(request: dict[str, Any]) -> Answer:
+    """A model that likes sae_ts, then caa, and shouts its answer in prose now and then."""
+    message = request["messages"][0]["content"]
+    if "<text_a>" not in message:
+        return says('{"score": 10}')
+    first, second = (message.rpartition(f"<text_{which}>")[2].split("</")[0].split()[0] for which in "ab")
+    ranks = {"sae_ts": 0, "caa": 1, "sae": 2}
+    return says(json.dumps({"answer": "A" if ranks[first] < ranks[second] else "B"}))
+
+
+def test_a_chat_model_compares_over_http_and_is_asked_nothing_twice(out: Path, server: Server) -> None:
+    server.respond = prefers_sae_ts
+    asked = ("judge.kind=openai", f"judge.base_url={server.url}", "judge.model=m")
+    tables = fight(out, *asked)
+    assert tables.strengths["method"].to_list() == ["sae_ts", "caa", "sae"] * 2
+    assert tables.order["first"].to_list() == [0.5, 0.5]
+    assert tables.order["consistent"].to_list() == [1.0, 1.0]
+    messages = [request["messages"][0]["content"] for request in server.requests]
+    assert len([message for message in messages if "<text_a>" in message]) == BATTLES
+    server.requests.clear()
+    again = fight(out, *asked)
+    assert not server.requests
+    assert again.strengths.equals(tables.strengths)
+    assert not [path for path in out.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_a_model_that_always_says_a_shows_as_position_bias(out: Path, server: Server) -> None:
+    server.respond = lambda request: says('{"answer": "A"}')
+    tables = fight(out, "judge.kind=openai", f"judge.base_url={server.url}", "judge.model=m")
+    assert tables.order["first"].to_list() == [1.0, 1.0]
+    assert tables.order["consistent"].to_list() == [0.0, 0.0]
+    assert tables.strengths["strength"].to_list() == pytest.approx([0] * 6, abs=1e-6)
+
+
+def test_what_was_fought_before_is_kept_and_only_the_rest_is_fought(
+    out: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.respond = prefers_sae_ts
+    asked = ("judge.kind=openai", f"judge.base_url={server.url}", "judge.model=m")
+    with Session.open(experiment(*asked), out):
+        pass
+    assert main(["compare", str(out), "--criterion", "behaviour", "--methods", "caa", "sae_ts", "--samples", "2"]) == 0
+    assert "50% of decided battles won by the text shown first (50% is fair); 4 battles" in capsys.readouterr().out
+    assert len(pl.read_parquet(out / "battles.parquet")) == 2 * 2
+    server.requests.clear()
+    fight(out, *asked)
+    assert len([r for r in server.requests if "<text_a>" in r["messages"][0]["content"]]) == BATTLES - 4
+
+
+def test_failed_battles_stay_failed_until_they_are_asked_for_again(out: Path, server: Server) -> None:
+    server.respond = lambda request: says("no idea") if "<text_a>" in request["messages"][0]["content"] else says('{"score": 1}')
+    asked = ("judge.kind=openai", f"judge.base_url={server.url}", "judge.model=m")
+    tables = fight(out, *asked, criteria=("behaviour",))
+    assert tables.order["n_failed"].to_list() == [BATTLES // 2]
+    assert tables.strengths.is_empty()
+    server.respond = prefers_sae_ts
+    assert fight(out, *asked, criteria=("behaviour",)).strengths.is_empty()
+    with Session.open(experiment(*asked), out) as session:
+        tables = compare(session, Wanted(criteria=("behaviour",)), retry_failed=True)
+    assert tables.order["n_failed"].to_list() == [0]
+
+
+def test_battles_that_cannot_be_are_refused_by_name(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"needs two methods; got caa"):
+        fight(out, methods=("caa",))
+    with pytest.raises(InputError, match="unknown method of this experiment 'sae_tt'.*sae_ts"):
+        fight(out, methods=("caa", "sae_tt"))
+    assert main(["compare", str(out), "--samples", "0"]) == 2
+    assert "--samples is 0" in capsys.readouterr().err
