@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from chat_server import KEY, Server, says
 from safetensors.torch import load_file
 
 from saets.approximator import EffectApproximator
@@ -25,7 +26,6 @@ from saets.stages.ingredients import stillness_of
 from saets.storage import locate
 from saets.store import RunFolder
 from saets.vector import SteeringVector
-from tests.chat_server import KEY, Server, says
 
 pytestmark = pytest.mark.ray
 
