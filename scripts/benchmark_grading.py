@@ -6,12 +6,12 @@ A server in a process of its own (`chat_server.py`) answers every call after a f
 path: the openai judge, its cache of replies on disk, its log of calls, and Parquet.
 
 1. Calls a second, against concurrency / latency, which is what a server with that latency and that many callers can answer.
-2. Total time of writing and grading together, against the longer of the two. Batches of text come from a writer that only waits, as
-   the driver waits for an actor on another machine; each half is also measured by itself.
+2. Total time of writing and grading together, against the longer of the two. Batches of text come from a writer that only waits,
+   as the driver waits for an actor on another machine, and takes as long as grading does by itself: the hardest case.
 
-The last line is one JSON object: `calls_over_ideal` (aim: at least 0.9) and `total_over_max` (aim: at most 1.15). The client needs
-processor time for each call (`cpu_ms_a_call`): where that times the rate comes near one core, the machine is the limit and not the
-design, so choose a latency and a concurrency that leave it mostly idle.
+The last line is one JSON object: `calls_over_ideal` (aim: at least 0.9) and `total_over_max` (aim: at most 1.15). The client
+needs processor time for each call (`cpu_ms_a_call`): where that times the rate comes near one core, the machine is the limit and
+not the design, so choose a latency and a concurrency that leave it mostly idle.
 """
 
 from __future__ import annotations

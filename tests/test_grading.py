@@ -117,12 +117,13 @@ def test_a_misbehaving_server_gives_the_table_of_a_well_behaved_one_and_is_asked
     assert ill.select(same).equals(well.select(same))
     without_reply = ("429 with a time", "429 with a date", "429", "500", "silent", "reset", "cut body")
     often = Counter(server.messages())
-    assert set(often.values()) == {1, 2}
-    repeated = sum(badly.met[fault] for fault in without_reply)
-    assert sum(count - 1 for count in often.values()) == repeated, "a message whose reply arrived is not asked again"
     reminders = sum(REMINDER in message for message in often)
     assert reminders == sum(badly.met[fault] for fault in ("cut JSON", "eleven", "zero", "null"))
-    assert calls(again)["unanswered"] == sum(badly.met[fault] for fault in ("silent", "reset", "cut body"))
+    late = calls(again)["unanswered"] - sum(badly.met[fault] for fault in ("silent", "reset", "cut body"))
+    assert late >= 0, "answers that a busy machine gave after the time-out"
+    without_reply = ("429 with a time", "429 with a date", "429", "500", "silent", "reset", "cut body")
+    repeated = sum(badly.met[fault] for fault in without_reply) + late
+    assert sum(count - 1 for count in often.values()) == repeated, "a message whose reply arrived is not asked again"
     assert calls(again)["sent"] == len(server.requests)
 
     server.requests.clear()
@@ -132,39 +133,35 @@ def test_a_misbehaving_server_gives_the_table_of_a_well_behaved_one_and_is_asked
     assert grades(third).equals(ill)
 
 
-def test_a_grading_that_is_killed_asks_again_only_what_was_in_flight(
-    server: Server, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reached, lock = threading.Event(), threading.Lock()
-    answered: Counter[str] = Counter()
+def test_a_grading_that_is_killed_asks_again_only_what_was_in_flight(server: Server, out: Path, tmp_path: Path) -> None:
+    """The server answers 60 calls, and then nothing until the process that asks is gone."""
+    stuck, gone, lock = threading.Event(), threading.Event(), threading.Lock()
+    asked: Counter[str] = Counter()
 
     def respond(request: dict[str, object]) -> Answer:
         with lock:
-            answered[message_of(request)] += 1
-            if sum(answered.values()) == 60:
-                reached.set()
-        if reached.is_set() and not resumed:
-            server.over.wait(0.2)
+            asked[message_of(request)] += 1
+            if asked.total() > 60:
+                stuck.set()
+        if stuck.is_set():
+            gone.wait(120)
         return steady(request)
 
-    resumed = False
     server.respond = respond
     changes = ("judge.concurrency=8",)
     process = subprocess.Popen([sys.executable, "-m", "saets", *command(out, server, *changes)], start_new_session=True)
     try:
-        assert reached.wait(120)
+        assert stuck.wait(300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    resumed = True
-    assert "judge_calls" not in json.loads((out / "manifest.json").read_text())
-    first = len(server.requests)
+        gone.set()
+    assert (out / "calls.log").exists()
     assert main(command(out, server, *changes)) == 0
-    assert calls(out)["sent"] >= len(server.requests)
-    again = sum(count - 1 for message, count in answered.items() if "Answer with the JSON" not in message)
+    again = sum(count - 1 for message, count in asked.items() if "<completion>" in message)
     assert again <= calls(out)["unanswered"] <= 8
-    assert first >= 60
+    assert calls(out)["unanswered"] > 0
     assert not (out / "calls.log").exists()
     frame = grades(out)
     assert len(frame) == 2 * TEXTS and frame["score"].null_count() == 0

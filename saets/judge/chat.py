@@ -59,6 +59,7 @@ class ChatServer:
         self._log = log or CallLog()
         self.spending = Spending(prices_of(settings, str(self._client.base_url)), ceiling)
         self._takes_format = True
+        self._asked: dict[str, asyncio.Task[str]] = {}
         self._flying: set[asyncio.Task[str]] = set()
 
     def recall(self, message: str) -> str | None:
@@ -70,7 +71,7 @@ class ChatServer:
         return found.text if found else None
 
     async def ask(self, message: str, form: Mapping[str, Any], scores: int = 1) -> str:
-        """The reply to a message, asked for now and kept.
+        """The reply to a message, asked for now and kept; whoever asks the same meanwhile gets the same reply.
 
         `form` holds options for an answer of a certain form, for servers that know them; `scores` is how many it will hold.
 
@@ -79,8 +80,12 @@ class ChatServer:
             InputError: grading cannot go on: key or model are refused, the quota is used up, a ceiling is reached, the server
                 asks to wait for very long, a reply cannot be kept.
         """
+        task = self._asked.get(message)
+        if task is None:
+            task = self._asked[message] = asyncio.create_task(self._persist(_Asked(message, form, scores), self._retries))
+            task.add_done_callback(lambda _: self._asked.pop(message))
         try:
-            return await self._persist(_Asked(message, form, scores), self._retries)
+            return await _awaited(task)
         except Fault as fault:
             if fault.hopeless:
                 raise self._refusal(fault) from fault
@@ -99,7 +104,10 @@ class ChatServer:
             raise self._refusal(fault) from fault
 
     async def close(self) -> None:
-        """Gives calls in flight a few seconds to be answered and kept, and closes the connections."""
+        """Sends nothing more, gives calls in flight a few seconds to be answered and kept, and closes the connections."""
+        for asking in list(self._asked.values()):
+            asking.cancel()
+        await asyncio.gather(*self._asked.values(), return_exceptions=True)
         if self._flying:
             _, late = await asyncio.wait(self._flying, timeout=DRAIN_SECONDS)
             for task in late:
@@ -147,9 +155,9 @@ class ChatServer:
         # The call is a task of its own: whoever asked may be cancelled, and a reply that arrives is kept nevertheless.
         task = asyncio.create_task(self._send(asked, form, held))
         self._flying.add(task)
-        task.add_done_callback(self._landed)
+        task.add_done_callback(self._flying.discard)
         try:
-            reply = await asyncio.shield(task)
+            reply = await _awaited(task)
         except Fault as fault:
             if fault.shared:
                 self._pace.refused(turn, backoff(failed + 1, random.random()) if fault.wait is None else fault.wait)
@@ -185,11 +193,6 @@ class ChatServer:
             raise
         finally:
             self.spending.settle(held, cost)
-
-    def _landed(self, task: asyncio.Task[str]) -> None:
-        self._flying.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever asked may be gone; asyncio would log it
 
     async def _call(self, asked: _Asked, options: Mapping[str, Any]) -> Reply:
         try:
@@ -232,6 +235,12 @@ class _Asked(NamedTuple):
     form: Mapping[str, Any]
     scores: int
     kept: bool = True
+
+
+async def _awaited(task: asyncio.Task[str]) -> str:
+    """What the task gives; it goes on when whoever waits for it is cancelled, and nobody logs how it ends."""
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(task)
 
 
 def _count(usage: Any, name: str) -> int | None:

@@ -215,9 +215,17 @@ def test_calls_in_flight_reach_the_limit_and_never_exceed_it(server: Server, goa
         return says('{"score": 5}')
 
     server.respond = respond
-    grades = grade(server, goal, [text(i, "a") for i in range(4)], concurrency=2)
+    grades = grade(server, goal, [text(i, f"a{i}") for i in range(4)], concurrency=2)
     assert [g.error for g in grades] == [None] * 8
     assert most == 2
+
+
+def test_texts_that_are_the_same_are_asked_about_once_also_at_the_same_time(server: Server, goal: Goal) -> None:
+    server.respond = lambda request: fails(503) if len(server.requests) <= 2 else says('{"score": 10}')
+    grades = grade(server, goal, [text(i, "the same") for i in range(6)])
+    assert [g.score for g in grades] == [1.0] * 12
+    assert [g.generation_id for g in grades[::2]] == [f"id{i}" for i in range(6)]
+    assert len(server.requests) == 4, "two questions, each refused once"
 
 
 def test_text_that_is_not_valid_unicode_is_graded(server: Server, goal: Goal) -> None:
