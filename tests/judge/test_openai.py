@@ -265,6 +265,13 @@ def test_a_base_url_that_is_none_is_refused(address: str, monkeypatch: pytest.Mo
         OpenAIJudge(JudgeSettings(base_url=address))
 
 
+def test_a_base_url_with_a_password_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(InputError, match="holds a user name or password") as refusal:
+        OpenAIJudge(JudgeSettings(base_url="https://me:hunter2@host/v1"))
+    assert "hunter2" not in str(refusal.value)
+
+
 def test_the_check_makes_one_call_and_passes_where_the_server_answers(server: Server) -> None:
     check(server.url)
     assert len(server.requests) == 1
