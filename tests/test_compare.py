@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from chat_server import KEY, Answer, Server, says
 
 from saets import statistics
 from saets.battles import BattleTables
@@ -25,7 +26,6 @@ from saets.stages.evaluate import generation_items, grade_settings
 from saets.stages.session import Session
 from saets.store import RunFolder
 from saets.vector import SteeringVector
-from tests.chat_server import KEY, Answer, Server, says
 
 METHODS = ("caa", "sae", "sae_ts")
 BEST = {("caa", 8.0): 0.5, ("caa", 16.0): 0.2, ("sae", 8.0): 0.2, ("sae", 16.0): 0.3, ("sae_ts", 8.0): 0.4, ("sae_ts", 16.0): 0.9}
@@ -125,8 +125,8 @@ def test_a_chat_model_compares_over_http_and_is_asked_nothing_twice(out: Path, s
     assert tables.strengths["method"].to_list() == ["sae_ts", "caa", "sae"] * 2
     assert tables.order["first"].to_list() == [0.5, 0.5]
     assert tables.order["consistent"].to_list() == [1.0, 1.0]
-    messages = [request["messages"][0]["content"] for request in server.requests]
-    assert len([message for message in messages if "<text_a>" in message]) == BATTLES
+    messages = [message for request in server.requests if "<text_a>" in (message := request["messages"][0]["content"])]
+    assert len(messages) == len(set(messages)) <= BATTLES, "battles of the same texts share a reply"
     server.requests.clear()
     again = fight(out, *asked)
     assert not server.requests
@@ -151,10 +151,15 @@ def test_what_was_fought_before_is_kept_and_only_the_rest_is_fought(
         pass
     assert main(["compare", str(out), "--criterion", "behaviour", "--methods", "caa", "sae_ts", "--samples", "2"]) == 0
     assert "50% of decided battles won by the text shown first (50% is fair); 4 battles" in capsys.readouterr().out
-    assert len(pl.read_parquet(out / "battles.parquet")) == 2 * 2
+    before = pl.read_parquet(out / "battles.parquet")
+    assert len(before) == 2 * 2
+    first = {request["messages"][0]["content"] for request in server.requests}
     server.requests.clear()
     fight(out, *asked)
-    assert len([r for r in server.requests if "<text_a>" in r["messages"][0]["content"]]) == BATTLES - 4
+    after = pl.read_parquet(out / "battles.parquet")
+    assert len(after) == BATTLES
+    assert after.join(before, on=before.columns, nulls_equal=True).height == len(before)
+    assert not first & {message for r in server.requests if "<text_a>" in (message := r["messages"][0]["content"])}
 
 
 def test_failed_battles_stay_failed_until_they_are_asked_for_again(out: Path, server: Server) -> None:

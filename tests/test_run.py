@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import ray
 import torch
+from chat_server import KEY, Server, says, steady
 from safetensors.torch import load_file
 
 from saets.approximator import EffectApproximator
@@ -35,7 +38,6 @@ from saets.storage import locate
 from saets.store import RunFolder
 from saets.tokens import completion_text
 from saets.vector import SteeringVector
-from tests.chat_server import KEY, Server, says
 
 pytestmark = pytest.mark.ray
 
@@ -71,8 +73,9 @@ rows = 12
 
 @pytest.fixture(scope="module")
 def cluster():
-    """One Ray session for all runs in this file; the commands find it and leave it running."""
-    with Cluster(load_experiment("tiny").execution) as cluster:
+    """One Ray session for all runs in this file, started where a key is set; the commands find it and leave it running."""
+    with pytest.MonkeyPatch.context() as patched, Cluster(load_experiment("tiny").execution) as cluster:
+        patched.setenv("OPENAI_API_KEY", KEY)
         cluster.connect()
         yield cluster
 
@@ -290,7 +293,27 @@ def test_the_openai_judge_grades_what_the_run_wrote_and_its_key_stays_out_of_eve
     assert set(agreement["criterion"]) == {"behaviour", "coherence"}
     assert "## Agreement of judges" in (finished / "results.md").read_text()
     assert "1 of" in capsys.readouterr().out
-    assert not [path for path in finished.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert not files_with(KEY, finished)
+
+
+def test_the_key_reaches_no_process_and_no_file_of_ray(
+    cluster: Cluster, folder: Path, tmp_path: Path, server: Server, finished: Path
+) -> None:
+    server.respond = steady
+    out = tmp_path / "judged"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns(".lock", "generations", "grades"))
+    changes = ("judge.kind=openai", f"judge.base_url={server.url}", "judge.model=m")
+    assert run(folder, out, *changes, command="evaluate") == 0
+    assert len(server.requests) == len(set(server.messages())) > len(RunFolder(out).generations.read())
+    found = ray.get(ray.remote(lambda: os.environ.get("OPENAI_API_KEY")).remote())
+    assert found is None and os.environ["OPENAI_API_KEY"] == KEY
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    assert list(session.glob("logs/*.log"))
+    assert not files_with(KEY, out, session, tmp_path / "cache")
+
+
+def files_with(word: str, *folders: Path) -> list[Path]:
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file() and word.encode() in path.read_bytes()]
 
 
 def test_side_effects_are_measured_once_at_each_methods_scale(cluster: Cluster, folder: Path, finished: Path) -> None:

@@ -84,3 +84,11 @@ def test_the_fit_benchmark_runs_both_solvers_on_the_same_rows() -> None:
     assert facts["speedup"] == pytest.approx(facts["seconds_adam"] / facts["seconds_ridge"])
     assert 0 < facts["mse_ridge"] < facts["mse_adam"], "Adam has not come to rest after so few steps"
     assert facts["peak_mb_ridge"] > 0
+
+
+def test_the_grading_benchmark_measures_both_halves_and_the_whole() -> None:
+    facts = json.loads(run(str(SCRIPTS / "benchmark_grading.py"), "--quick", "--latency", "0.05").splitlines()[-1])
+    assert 0 < facts["calls_over_ideal"] <= 1.02
+    assert facts["total_over_max"] >= 1
+    assert facts["calls_per_second"] == pytest.approx(facts["calls_over_ideal"] * facts["concurrency"] / facts["latency"])
+    assert facts["both_seconds"] >= facts["writing_seconds"] == facts["grading_seconds"]

@@ -32,11 +32,20 @@ def add(commands: Commands) -> None:
     add_command(commands, "fit", _fit, "fit the linear map from vectors to effects")
     add_command(commands, "vectors", _vectors, "build the vector of every goal and method")
     add_command(commands, "generate", _generate, "write steered text")
-    add_command(commands, "grade", _grade, "grade the text that is there")
+    grade = add_command(commands, "grade", _grade, "grade the text that is there")
     evaluate = add_command(commands, "evaluate", _evaluate, "write and grade steered text, both at once")
     evaluate.add_argument(
         "--side-effects", action="store_true", help="also measure what each method does at its scale to other text and features"
     )
+    for grading in (grade, evaluate):
+        grading.add_argument("--retry-failed", action="store_true", help="grade texts again whose grading failed")
+    for grading in (run, grade, evaluate):
+        grading.add_argument(
+            "--max-cost",
+            type=_dollars,
+            metavar="USD",
+            help="what the judge's calls of this command may cost; by default no limit",
+        )
     add_command(commands, "plot", _plot, "draw the plots of what is graded")
     add_command(commands, "doctor", _doctor, "check that hooks, logits and effects are what the method takes for granted")
     pull = add_command(commands, "pull", _pull, "fetch the published files that an experiment names into its run folder")
@@ -61,7 +70,7 @@ def _run(options: argparse.Namespace) -> None:
     from saets.pipeline import run_all
 
     with session_of(options, goals=True, judge=True, measure=options.measure) as session:
-        run_all(session)
+        run_all(session, max_cost=options.max_cost)
         _show_outcome(session)
 
 
@@ -136,7 +145,7 @@ def _texts(options: argparse.Namespace, *, generate: bool, grade: bool) -> None:
 
     with session_of(options, goals=True, judge=grade) as session:
         vectors = build_vectors(session) if generate else read_vectors(session)
-        evaluate(session, vectors, generate=generate, grade=grade)
+        evaluate(session, vectors, generate=generate, grade=grade, **_limits(options) if grade else {})
         if generate:
             measure_completions(session)
         if grade:
@@ -146,6 +155,20 @@ def _texts(options: argparse.Namespace, *, generate: bool, grade: bool) -> None:
             _show_outcome(session)
         else:
             show_path("completions", session.run.generations.folder)
+
+
+def _limits(options: argparse.Namespace) -> dict[str, Any]:
+    return {"max_cost": options.max_cost, "retry_failed": options.retry_failed}
+
+
+def _dollars(text: str) -> float:
+    try:
+        usd = float(text)
+    except ValueError:
+        usd = float("nan")
+    if not 0 <= usd < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of US dollars; expected a number such as 2.50")
+    return usd
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -171,7 +194,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _show_outcome(session: Session) -> None:
     from saets import plots
-    from saets.stages.results import read_outcome, samples
+    from saets.judge.failures import most_frequent
+    from saets.stages.results import graded_texts, read_outcome, samples
 
     names = plots.display_names()
     outcome = read_outcome(session)
@@ -190,7 +214,11 @@ def _show_outcome(session: Session) -> None:
     console.print(table)
     failed = int(outcome.texts["failed"].sum())
     if failed:
-        console.print(f"{failed} of {len(outcome.texts)} texts could not be graded; they count in no score")
+        texts, grades = graded_texts(session)
+        reasons = grades.join(texts, on="generation_id", how="semi")["error"].drop_nulls()
+        console.print(f"{failed} of {len(outcome.texts)} texts could not be graded; they count in no score:")
+        for reason in most_frequent(reasons):
+            console.print(f"  {reason}", markup=False)
     console.print("\nSamples at each method's best scale:")
     for goal, method, scale, text in samples(session):
         console.print(f"  {goal} · {names.get(method, method)} · {scale:g}: {' '.join(text.split())}", markup=False)

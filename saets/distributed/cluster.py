@@ -19,6 +19,9 @@ SPARE_CPUS = 2
 
 OBJECT_STORE_BYTES = 512 * 2**20
 
+DRIVERS_OWN = ("OPENAI_API_KEY",)
+"""Secrets that are used where the command runs and nowhere else."""
+
 
 class Cluster:
     """A Ray session: the cluster that RAY_ADDRESS or the enclosing job names, else one on this machine.
@@ -49,7 +52,7 @@ class Cluster:
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(cpus))  # else it warns of four processes a core
             options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
             options |= {"num_cpus": cpus}
-        with contextlib.nullcontext() if self.verbose else _without_ray_core_logs():
+        with _without_keys(), contextlib.nullcontext() if self.verbose else _without_ray_core_logs():
             ray.init(**options)
         self._started = True
         for name in ("ray", "ray.data", "ray.train"):
@@ -61,6 +64,16 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         if self._started:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_keys() -> Iterator[None]:
+    """Processes that are started meanwhile do not inherit `DRIVERS_OWN`."""
+    held = {name: os.environ.pop(name) for name in DRIVERS_OWN if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
 
 
 @contextlib.contextmanager

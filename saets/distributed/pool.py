@@ -94,20 +94,25 @@ class SteeringPool:
     def run(self, main: Callable[[Call], Awaitable[Result]], *, calls: int) -> Result:
         """Run a coroutine that is given `call`: the result of one method call on the next free actor.
 
-        `calls` is how many there will be; no more actors than that are started, and no more than the experiment says.
+        `calls` is how many there will be; no more actors than that are started, and no more than the experiment says. They are
+        started by the first call: what `main` finds wrong before costs nothing.
 
         Raises:
             InputError: what a worker found wrong when it loaded or ran.
             ray.exceptions.RayError: a call failed for good.
         """
-        self._start(calls)
 
         async def session() -> Result:
             free: asyncio.Queue[Any] = asyncio.Queue()
-            for actor in self._actors:
-                free.put_nowait(actor)
+            started = False
 
             async def call(method: str, *arguments: Any) -> Any:
+                nonlocal started
+                if not started:
+                    self._start(calls)
+                    for actor in self._actors:
+                        free.put_nowait(actor)
+                    started = True
                 actor = await free.get()
                 try:
                     return await getattr(actor, method).remote(*arguments)

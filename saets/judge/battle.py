@@ -12,7 +12,8 @@ from typing import Any
 
 from saets.goal import COHERENCE, Goal
 from saets.judge import clean_text
-from saets.judge.openai import NoReply, UnusableReply
+from saets.judge.chat import NoReply
+from saets.judge.scores import UnusableReply
 from saets.records import Battle, BattleItem, Generation, Winner
 
 Ask = Callable[[str, Mapping[str, Any]], Awaitable[str]]
@@ -130,6 +131,15 @@ def parse_answer(reply: str) -> Winner:
         if answers:
             return WINNER_OF[answers.pop()]
     raise UnusableReply("the reply holds no answer A, B or tie")
+
+
+def has_answer(reply: str) -> bool:
+    """Whether `parse_answer` finds one."""
+    try:
+        parse_answer(reply)
+    except UnusableReply:
+        return False
+    return True
 
 
 def _json_answers(reply: str) -> Iterator[str]:

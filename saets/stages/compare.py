@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields
@@ -15,7 +16,7 @@ from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.errors import InputError, unknown
 from saets.goal import COHERENCE, Goal
-from saets.judge.battle import BATTLE_VERSION, TIE_BAND, AskedBattles, compare_scores
+from saets.judge.battle import BATTLE_VERSION, TIE_BAND, AskedBattles, compare_scores, has_answer
 from saets.judge.choice import judge_name
 from saets.judge.openai import OpenAIJudge
 from saets.records import CRITERIA, UNSTEERED, Battle, BattleItem, Criterion, Generation, content_id
@@ -54,7 +55,9 @@ def compare(session: Session, wanted: Wanted, *, retry_failed: bool = False) -> 
     done = set() if fought is None else set(fought["battle_id"])
     missing = [item for item in items if item.battle_id not in done]
     if missing:
-        asyncio.run(_fight(session, goals, missing, texts, len(items)))
+        settings = session.experiment.judge
+        judge = OpenAIJudge(settings, retry_failed=retry_failed) if settings.kind == "openai" else None
+        asyncio.run(_fight(session, judge, goals, missing, texts, len(items)))
     return _write(session, [item.battle_id for item in items])
 
 
@@ -122,13 +125,18 @@ def _identity(session: Session, goal: Goal) -> str:
 
 
 async def _fight(
-    session: Session, goals: dict[str, Goal], missing: Sequence[BattleItem], texts: dict[str, Generation], total: int
+    session: Session,
+    judge: OpenAIJudge | None,
+    goals: dict[str, Goal],
+    missing: Sequence[BattleItem],
+    texts: dict[str, Generation],
+    total: int,
 ) -> None:
-    judge = OpenAIJudge(session.experiment.judge) if session.experiment.judge.kind == "openai" else None
     try:
         if judge is not None:
             await judge.check()
-        fight = AskedBattles(judge.ask, judge.name).fight if judge is not None else _by_scores(session)
+        asked = None if judge is None else AskedBattles(functools.partial(judge.ask, usable=has_answer), judge.name)
+        fight = asked.fight if asked is not None else _by_scores(session)
         with (
             Appender(session.run.battles, battle_rows) as out,
             session.progress.stage("comparing", total, total - len(missing), "battles") as advance,

@@ -2,92 +2,141 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import itertools
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import fields
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from saets.checks import check_goals
-from saets.config import settings_hash
+from saets.config import Experiment, settings_hash
 from saets.distributed.pool import Call, PooledJudge
 from saets.engine.sampling import row_seed
 from saets.experiment import model_settings, sampling_settings
 from saets.generation import texts_per_batch
 from saets.goal import COHERENCE, Goal
 from saets.judge import Judge
+from saets.judge.calls import CallLog, read_calls
 from saets.judge.choice import judge_name
-from saets.judge.openai import TEMPLATE_VERSION, OpenAIJudge
-from saets.progress import Advance
-from saets.records import CRITERIA, UNSTEERED, Generation, GenerationItem, Grade, content_id
+from saets.judge.failures import Failures
+from saets.judge.openai import OpenAIJudge
+from saets.judge.wording import VERSIONS
+from saets.records import CRITERIA, UNSTEERED, Generation, GenerationItem, content_id
 from saets.rows import generation_rows, grade_rows
 from saets.stages.session import Session
+from saets.stages.stream import Workers, written_and_graded
 from saets.stages.vectors import Pair, read_vectors
-from saets.store import Appender, Table
+from saets.store import Appender, RunFolder, Table
 from saets.vector import SteeringVector
 
 GRADE_BATCH = 32
-"""Completions graded in one call."""
+"""Completions that an actor grades in one call."""
+
+CHARACTERS_A_TOKEN = 5
+"""Of steered text, by which costs are estimated before it is written."""
 
 
-def evaluate(session: Session, vectors: dict[Pair, SteeringVector], *, generate: bool = True, grade: bool = True) -> None:
+def evaluate(
+    session: Session,
+    vectors: dict[Pair, SteeringVector],
+    *,
+    generate: bool = True,
+    grade: bool = True,
+    max_cost: float | None = None,
+    retry_failed: bool = False,
+) -> None:
     """Generate the completions and grades that are missing; `generate` and `grade` choose one half.
 
+    `max_cost` is what the judge's calls of this command may cost, in US dollars. `retry_failed` grades texts again whose grading
+    failed.
+
     Raises:
-        InputError: the judge cannot be used (found before any text is generated).
+        InputError: the judge cannot be used, or would cost more (found before any text is generated); grading had to stop: the
+            ceiling is reached, too many texts fail, the judge's server refuses to go on. What was made by then is kept.
     """
     goals = {goal.id: goal for goal in check_goals(session.experiment)}
     items = generation_items(session, vectors)
     have = _read(session, {item.generation_id for item in items})
     missing = [item for item in items if item.generation_id not in have] if generate else []
-    tables = {name: session.run.grades(name, grade_settings(session, goal)) for name, goal in goals.items()} if grade else {}
-    ungraded = _ungraded(have.values(), tables)
+    tables = grade_tables(session, goals.values()) if grade else {}
+    ungraded = _ungraded(have.values(), tables, retry_failed=retry_failed)
     rows = texts_per_batch(session.experiment)
     batches = [missing[start : start + rows] for start in range(0, len(missing), rows)]
     if not batches and not ungraded:
         return
 
     async def main(call: Call) -> None:
-        judge = await _open_judge(session, call) if grade else None
-        try:
-            await overlapped(call, judge)
-        finally:
-            if isinstance(judge, OpenAIJudge):
-                await judge.close()
+        with call_log(session.run) if grade and session.experiment.judge.kind == "openai" else nullcontext() as log:
+            judge = _judge(session, call, log, max_cost, retry_failed=retry_failed) if grade else None
+            try:
+                if isinstance(judge, OpenAIJudge):
+                    expected = [_expected(item, session.experiment) for item in missing]
+                    estimate = judge.estimate((goals[text.goal], text) for text in (*ungraded, *expected))
+                    estimate.check(max_cost)
+                    if estimate.calls:
+                        await judge.check()
+                await overlapped(call, judge)
+            finally:
+                if isinstance(judge, OpenAIJudge):
+                    await judge.close()
 
     async def overlapped(call: Call, judge: Judge | None) -> None:
-        directions = session.pool.share({vector.id: vector.direction.numpy() for vector in vectors.values()})
+        directions = session.pool.share({vector.id: vector.direction.numpy() for vector in vectors.values()}) if batches else None
+        failures = Failures(session.experiment.judge.max_failed)
+
+        def note() -> str:
+            return f"{failures.failed} failed{f', {judge.note()}' if isinstance(judge, OpenAIJudge) else ''}"
+
         with ExitStack() as stack:
             texts = stack.enter_context(Appender(session.run.generations, generation_rows))
             grades = {name: stack.enter_context(Appender(table, grade_rows)) for name, table in tables.items()}
             generated = stack.enter_context(session.progress.stage("generating", len(items), len(have), "texts"))
-            todo = len(missing) + len(ungraded)
-            graded = (
-                stack.enter_context(session.progress.stage("grading", len(items), len(items) - todo, "texts")) if judge else None
-            )
+            done = len(items) - len(missing) - len(ungraded)
+            graded = stack.enter_context(session.progress.stage("grading", len(items), done, "texts", note)) if judge else None
 
-            async def grade_texts(made: Sequence[Generation]) -> None:
-                if judge is None or graded is None:
-                    return
-                async with asyncio.TaskGroup() as group:
-                    for name, part in _parts(made):
-                        group.create_task(_grade(judge, goals[name], part, grades[name], graded))
-
-            async def generate_batch(batch: Sequence[GenerationItem]) -> None:
+            async def write(batch: Sequence[GenerationItem]) -> Sequence[Generation]:
                 made: list[Generation] = await call("generate", batch, directions)
                 texts.add(made)
                 generated(len(made))
-                await grade_texts(made)
+                return made if judge else ()
 
-            async with asyncio.TaskGroup() as group:
-                group.create_task(grade_texts(ungraded))
-                for batch in batches:
-                    group.create_task(generate_batch(batch))
+            async def grade_part(part: Sequence[Generation]) -> None:
+                if judge is None or graded is None:
+                    return
+                goal = part[0].goal
+                found = await judge.grade(goals[goal], part)
+                grades[goal].add(found)
+                graded(len(part))
+                failures.add(found)
+
+            await written_and_graded(batches, write, ungraded, grade_part, _workers(session.experiment))
 
     session.pool.run(main, calls=len(batches) or _local_calls(session, len(ungraded)))
+
+
+def check_cost(session: Session, max_cost: float | None) -> None:
+    """Raise `InputError` where grading would cost more than this, before anything is measured or written.
+
+    As every text is still to be written, what is graded already is subtracted by number.
+    """
+    experiment = session.experiment
+    if max_cost is None or experiment.judge.kind == "local":
+        return
+    settings, methods = experiment.evaluation, experiment.steering.methods
+    points = len(methods) * sum(scale > 0 for scale in settings.scales) + (0 in settings.scales)
+    goals = check_goals(experiment)
+    judge = OpenAIJudge(experiment.judge.model_copy(update={"cache": False}), ceiling=max_cost)
+    items = [GenerationItem("", goal.id, "", "", 0.0, prompt, 0, 0) for goal in goals for prompt in settings.prompts]
+    of_goal = {goal.id: goal for goal in goals}
+    one_each = judge.estimate((of_goal[item.goal], _expected(item, experiment)) for item in items)
+    wanted = points * settings.samples * len(items)
+    there = sum(len(table.ids()) for table in grade_tables(session, goals).values()) // len(CRITERIA)
+    one_each.times(max(0, wanted - there) / len(items)).check(max_cost)
 
 
 def generation_items(session: Session, vectors: dict[Pair, SteeringVector]) -> list[GenerationItem]:
@@ -128,35 +177,68 @@ def grade_settings(session: Session, goal: Goal) -> str:
     experiment = session.experiment
     told: dict[str, Any] = {"judge": judge_name(experiment.judge), "behaviour": goal.behaviour, "coherence": COHERENCE}
     if experiment.judge.kind == "openai":
-        told["template"] = TEMPLATE_VERSION
+        told["template"] = VERSIONS[experiment.judge.calls]
     else:
         told |= {"examples": goal.examples.model_dump(), "model": model_settings(experiment), "seed": experiment.seed}
         told |= sampling_settings(experiment)
     return settings_hash(told)
 
 
-async def _open_judge(session: Session, call: Call) -> Judge:
+def grade_tables(session: Session, goals: Iterable[Goal]) -> dict[str, Table]:
+    """The grades of each goal by the experiment's judge."""
+    return {goal.id: session.run.grades(goal.id, grade_settings(session, goal)) for goal in goals}
+
+
+@contextlib.contextmanager
+def call_log(run: RunFolder) -> Iterator[CallLog]:
+    """A log of the calls to a judge, whose count goes into the manifest at the end; that of a killed command at the beginning.
+
+    It lies in the run folder, and for one that is no folder of this machine among its temporary files.
+    """
+    place = run.path.local or Path(tempfile.gettempdir()) / f"saets-{content_id(str(run.path))}"
+    path = place / "calls.log"
+    _settle_calls(run, path)
+    log = CallLog(path)
+    try:
+        yield log
+    finally:
+        log.close()
+        _settle_calls(run, path)
+
+
+def _settle_calls(run: RunFolder, path: Path) -> None:
+    found = read_calls(path)
+    if found.sent:
+        before = run.manifest().get("judge_calls", {})
+        now = {
+            "sent": found.sent,
+            "unanswered": found.unanswered,
+            "tokens_in": found.tokens.read,
+            "tokens_out": found.tokens.written,
+        }
+        run.update_manifest(judge_calls={name: before.get(name, 0) + number for name, number in now.items()})
+    path.unlink(missing_ok=True)
+
+
+def _judge(session: Session, call: Call, log: CallLog | None, max_cost: float | None, *, retry_failed: bool) -> Judge:
     settings = session.experiment.judge
     if settings.kind == "local":
         return PooledJudge(call, judge_name(settings))
-    judge = OpenAIJudge(settings)
-    await judge.check()
-    return judge
+    return OpenAIJudge(settings, ceiling=max_cost, retry_failed=retry_failed, log=log)
 
 
-async def _grade(judge: Judge, goal: Goal, texts: Sequence[Generation], out: Appender[Grade], advance: Advance) -> None:
-    out.add(await judge.grade(goal, texts))
-    advance(len(texts))
+def _workers(experiment: Experiment) -> Workers:
+    """As many batches as there are actors. An actor grades many texts at once; a server is asked about each text by itself, so
+    that one that takes long holds up no other."""
+    actors = experiment.execution.actors
+    if experiment.judge.kind == "local":
+        return Workers(actors, 2 * actors, GRADE_BATCH)
+    return Workers(actors, experiment.judge.concurrency, 1)
 
 
-def _parts(texts: Sequence[Generation]) -> list[tuple[str, list[Generation]]]:
-    """The texts by goal, in parts of `GRADE_BATCH`."""
-    by_goal: dict[str, list[Generation]] = {}
-    for text in texts:
-        by_goal.setdefault(text.goal, []).append(text)
-    return [
-        (goal, part[start : start + GRADE_BATCH]) for goal, part in by_goal.items() for start in range(0, len(part), GRADE_BATCH)
-    ]
+def _expected(item: GenerationItem, experiment: Experiment) -> Generation:
+    """The item with a completion as long as may be expected."""
+    return Generation(**asdict(item), completion="x" * (CHARACTERS_A_TOKEN * experiment.evaluation.new_tokens))
 
 
 def _read(session: Session, wanted: set[str]) -> dict[str, Generation]:
@@ -169,14 +251,22 @@ def _read(session: Session, wanted: set[str]) -> dict[str, Generation]:
     return {text.generation_id: text for text in found if text.generation_id in wanted}
 
 
-def _ungraded(texts: Any, tables: dict[str, Table]) -> list[Generation]:
-    """Texts without a grade for each criterion. A recorded failure counts as graded: it is kept, and shown."""
-    graded = {name: table.ids() for name, table in tables.items()}
+def _ungraded(texts: Iterable[Generation], tables: dict[str, Table], *, retry_failed: bool) -> list[Generation]:
+    """Texts without a grade for each criterion. A recorded failure counts as graded unless it is to be tried again."""
+    graded = {name: _graded(table, failed=not retry_failed) for name, table in tables.items()}
     return [
         text
         for text in texts
         if text.goal in tables and not all((text.generation_id, criterion) in graded[text.goal] for criterion in CRITERIA)
     ]
+
+
+def _graded(table: Table, *, failed: bool) -> set[tuple[str, str]]:
+    """Text and criterion of the grades in a table, those that failed only where asked for."""
+    frame = table.read(["generation_id", "criterion", "score"])
+    if frame is None:
+        return set()
+    return set((frame if failed else frame.filter(pl.col("score").is_not_null())).select(table.key).iter_rows())
 
 
 def _local_calls(session: Session, texts: int) -> int:

@@ -68,7 +68,8 @@ def _shareable_file(name: str, location: Location, experiment: Experiment, folde
     """The file as it goes up; one of an object store is copied to this machine, since effects may not fit into memory."""
     if name == "experiment.toml":
         settings = experiment.model_dump(mode="json", exclude_none=True)
-        settings["judge"].pop("base_url", None)
+        for key in ("base_url", "cache"):
+            settings["judge"].pop(key, None)
         return Experiment.model_validate(shareable(settings)).to_toml().encode()
     if name.endswith(".json"):
         return json.dumps(shareable(json.loads(location.read_text())), indent=1).encode()

@@ -10,7 +10,8 @@ import pytest
 
 from saets.goal import COHERENCE, load_goal
 from saets.judge.battle import TIE_BAND, AskedBattles, battle_message, compare_scores, parse_answer
-from saets.judge.openai import NoReply, UnusableReply
+from saets.judge.chat import NoReply
+from saets.judge.scores import UnusableReply
 from saets.records import Battle, BattleItem, Generation
 
 ITEM = BattleItem("b1", "london", "behaviour", "I think", 0, "caa", "sae", "g1", "g2")

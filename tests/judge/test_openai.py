@@ -6,22 +6,34 @@ import asyncio
 import json
 import socket
 import threading
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import KEY, Answer, Server, fails, says
 
 from saets.config import JudgeSettings
 from saets.errors import InputError
 from saets.goal import COHERENCE, Goal, load_goal
-from saets.judge.openai import LOWEST, OpenAIJudge, UnusableReply, parse_score, prompt_for
+from saets.judge import pace
+from saets.judge.openai import OpenAIJudge
+from saets.judge.scores import LOWEST
+from saets.judge.wording import prompt_for
 from saets.records import Generation, Grade
-from tests.chat_server import KEY, Answer, Server, fails, says
 
 
 @pytest.fixture(scope="module")
 def goal() -> Goal:
     return load_goal("london")
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts follow each other at once."""
+    for name in ("FIRST_PAUSE", "SHORTEST_STEP"):
+        monkeypatch.setattr(pace, name, 0.001)
 
 
 def text(i: int, completion: str, prompt: str = "I think") -> Generation:
@@ -48,56 +60,6 @@ def check(url: str, **settings: Any) -> None:
             await judge.close()
 
     asyncio.run(run())
-
-
-@pytest.mark.parametrize(
-    ("reply", "score"),
-    [
-        ('{"score": 7}', 7),
-        ('{"score": "7"}', 7),
-        ('{"score": 7.0}', 7),
-        ('{"score": "7/10"}', 7),
-        ('```json\n{"score": 10}\n```', 10),
-        ('Sure! Here it is: {"score": 3} Hope that helps.', 3),
-        ('{"reason": "it names {places}", "score": 4}', 4),
-        ('{"grade": {"score": 6}}', 6),
-        ('{"score": 8', 8),
-        ("8/10", 8),
-        ("I would say **8**/10.", 8),
-        ("8 out of 10", 8),
-        ("Score: 9.", 9),
-        ("**Score:** 9", 9),
-        (" 1\n", 1),
-        ("10.", 10),
-    ],
-)
-def test_a_score_is_found_however_it_is_written(reply: str, score: int) -> None:
-    assert parse_score(reply) == score
-
-
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [
-        ("", "no score"),
-        ("I cannot grade this.", "no score"),
-        ('{"score": null}', "no score"),
-        ('{"score": true}', "no score"),
-        ('{"score": 7.5}', "no score"),
-        ("7.5/10", "no score"),
-        ("80/100", "no score"),
-        ("It names 3 places in 1666.", "no score"),
-        ('{"score": 11}', "score 11 is outside 1..10"),
-        ('{"score": 0}', "score 0 is outside 1..10"),
-        ("-3", "score -3 is outside 1..10"),
-        ("12/10", "score 12 is outside 1..10"),
-        ("A 2/10 would be worse, so 8/10", "several scores: 2, 8"),
-        ('{"score": 2} or {"score": 8}', "several scores: 2, 8"),
-        ("9" * 5000, "no score"),
-    ],
-)
-def test_a_reply_without_one_usable_score_is_refused_with_the_reason(reply: str, reason: str) -> None:
-    with pytest.raises(UnusableReply, match=reason):
-        parse_score(reply)
 
 
 def test_each_text_gets_both_grades_in_order_on_a_scale_from_zero_to_one(server: Server, goal: Goal) -> None:
@@ -160,24 +122,48 @@ def test_one_lost_grade_does_not_shift_its_neighbours(server: Server, goal: Goal
     }
     assert (behaviour["garbage"].reply, behaviour["garbage"].error) == (
         "still no idea",
-        "the reply holds no score; asked twice",
+        "the reply holds no score; asked 2 times",
     )
     assert behaviour["broken"].error is not None and "out of order" in behaviour["broken"].error
     asked = [request["messages"][0]["content"] for request in server.requests]
-    assert sum("broken" in message and COHERENCE not in message for message in asked) == 3
+    assert sum("broken" in message and COHERENCE not in message for message in asked) == 3, "one attempt and two more"
     reminders = [message for message in asked if "could not be used" in message]
     assert len(reminders) == 3
     assert any("score 11 is outside 1..10" in message for message in reminders)
 
 
-def test_a_refused_key_fails_every_grade_and_shows_in_none(server: Server, goal: Goal) -> None:
-    server.respond = lambda request: fails(401, f"Incorrect API key provided: {KEY}.\nFind yours at home")
-    grades = grade(server, goal, [text(0, "a"), text(1, "b")])
-    assert len(server.requests) == 4
-    for g in grades:
-        assert g.score is None and g.error is not None
-        assert g.error.startswith("AuthenticationError") and "[key]" in g.error
-        assert KEY not in repr(g) and "\n" not in g.error
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (
+            fails(401, f"Incorrect API key provided: {KEY}.\nFind yours at home"),
+            r"refused OPENAI_API_KEY: AuthenticationError.*\[key\]",
+        ),
+        (fails(404, "the model m is gone"), "has no model 'm'.*the model m is gone"),
+        (fails(429, "You exceeded your current quota", code="insufficient_quota"), "exceeded your current quota"),
+        (fails(429, "daily limit", retry_after="4000"), "asks to wait 4000 s: run the same command again then"),
+    ],
+)
+def test_what_no_other_call_would_change_stops_grading_and_fails_no_text(
+    server: Server, goal: Goal, answer: Answer, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.respond = lambda request: answer
+    with pytest.raises(InputError, match=expected) as refusal:
+        grade(server, goal, [text(i, f"text {i}") for i in range(8)], concurrency=2)
+    assert len(server.requests) <= 4
+    assert "\n" not in str(refusal.value)
+    assert KEY not in "".join(traceback.format_exception(refusal.value)) + caplog.text
+
+
+def test_a_key_that_a_server_repeats_is_in_no_grade_and_in_no_kept_reply(server: Server, goal: Goal, tmp_path: Path) -> None:
+    server.schedule({"echo": [says(f"Your key is {KEY}")], "refuse": [fails(403, f"not with {KEY}")]})
+    grades = grade(server, goal, [text(0, "echo"), text(1, "refuse")], cache=str(tmp_path / "replies"))
+    assert [g.error is not None for g in grades] == [True] * 4
+    assert "[key]" in grades[0].reply and grades[2].error is not None and "[key]" in grades[2].error
+    assert KEY not in repr(grades)
+    kept = [path for path in (tmp_path / "replies").rglob("*") if path.is_file()]
+    assert len(kept) == 4
+    assert not any(KEY.encode() in path.read_bytes() for path in kept)
 
 
 def test_a_server_without_response_format_is_asked_without_it_from_then_on(server: Server, goal: Goal) -> None:
@@ -209,7 +195,7 @@ def test_a_call_that_takes_too_long_is_a_failed_grade(server: Server, goal: Goal
         behaviour, coherence = grade(server, goal, [text(0, "a")], timeout=0.3, max_retries=0)
     finally:
         answered.set()
-    assert behaviour.score is None and behaviour.error is not None and behaviour.error.startswith("APITimeoutError")
+    assert behaviour.score is None and behaviour.error is not None and behaviour.error == "no answer in 0.3 s"
     assert coherence.score == 1.0
 
 
@@ -229,9 +215,17 @@ def test_calls_in_flight_reach_the_limit_and_never_exceed_it(server: Server, goa
         return says('{"score": 5}')
 
     server.respond = respond
-    grades = grade(server, goal, [text(i, "a") for i in range(4)], concurrency=2)
+    grades = grade(server, goal, [text(i, f"a{i}") for i in range(4)], concurrency=2)
     assert [g.error for g in grades] == [None] * 8
     assert most == 2
+
+
+def test_texts_that_are_the_same_are_asked_about_once_also_at_the_same_time(server: Server, goal: Goal) -> None:
+    server.respond = lambda request: fails(503) if len(server.requests) <= 2 else says('{"score": 10}')
+    grades = grade(server, goal, [text(i, "the same") for i in range(6)])
+    assert [g.score for g in grades] == [1.0] * 12
+    assert [g.generation_id for g in grades[::2]] == [f"id{i}" for i in range(6)]
+    assert len(server.requests) == 4, "two questions, each refused once"
 
 
 def test_text_that_is_not_valid_unicode_is_graded(server: Server, goal: Goal) -> None:
@@ -269,6 +263,13 @@ def test_a_base_url_that_is_none_is_refused(address: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(InputError, match="expected an address like"):
         OpenAIJudge(JudgeSettings(base_url=address))
+
+
+def test_a_base_url_with_a_password_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(InputError, match="holds a user name or password") as refusal:
+        OpenAIJudge(JudgeSettings(base_url="https://me:hunter2@host/v1"))
+    assert "hunter2" not in str(refusal.value)
 
 
 def test_the_check_makes_one_call_and_passes_where_the_server_answers(server: Server) -> None:
