@@ -122,7 +122,8 @@ def check_vector(experiment: Experiment, vector: SteeringVector, *, force: bool 
         )
     if vector.hook_name != experiment.hook_name:
         raise InputError(
-            f"the vector is for {vector.hook_name}; this run steers at {experiment.hook_name}; give --force to add it there"
+            f"the vector is for {vector.hook_name}, and this experiment steers at {experiment.hook_name}; give --force if "
+            "that is meant"
         )
 
 

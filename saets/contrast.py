@@ -15,6 +15,9 @@ from saets.goal import SIDES, Goal, contrast_tokens
 from saets.reading import FeatureReader
 from saets.shapes import Int
 
+MAINLY_EARLY = 0.5
+"""A feature with more of its activation than this at the start of texts says nothing of what they are about."""
+
 
 @dataclass(frozen=True)
 class FeatureContrast:

@@ -29,7 +29,7 @@ from saets.labels import feature_labels
 from saets.model import load_model
 from saets.one_effect import MeasuredEffect, measure_vector
 from saets.positions import EVERYWHERE
-from saets.storage import Where
+from saets.storage import Where, shareable
 from saets.store import RunFolder
 from saets.tokens import PromptFormat, completion_text, encode, end_tokens
 from saets.vector import SteeringVector
@@ -88,7 +88,7 @@ class Run:
         """
         target = target_weights(features, len(self.approximator.b))
         made = methods.sae_ts(target, self.approximator, bias_weight=bias_weight)
-        facts = {"model": self.experiment.model.name, "method": "sae_ts", "features": dict(features)}
+        facts = {"model": shareable(self.experiment.model.name), "method": "sae_ts", "features": dict(features)}
         return SteeringVector.from_tensor(made, self.experiment.hook_name, **facts)
 
     def calibrate(self, vector: SteeringVector) -> Calibration:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saets.boosting import Booster
 from saets.config import Experiment
-from saets.contrast import FeatureContrast, feature_contrast
+from saets.contrast import MAINLY_EARLY, FeatureContrast, feature_contrast
 from saets.errors import InputError, unknown
 from saets.feature_cards import CORPUS_TOKENS, Cards, pieces, shipped_cards, small_corpus, survey
 from saets.goal import Goal
@@ -26,9 +26,6 @@ from saets.store import RunFolder
 
 CANDIDATES = 20
 """Features with the strongest contrast; the other orders only sort these, or as many as are asked for."""
-
-MAX_EARLY = 0.5
-"""Features with more than this share of their activation at BOS and early positions are left out."""
 
 SHOWN_TOKENS = 8
 """Tokens kept of each list."""
@@ -130,7 +127,7 @@ class FeatureFinder:
         search = self.search
         contrast = feature_contrast(self._reader, self._tokenizer, goal)
         bound = contrast.mean - contrast.standard_error
-        kept = (self.cards.density <= search.max_density) & (contrast.early <= MAX_EARLY) & (bound > 0)
+        kept = (self.cards.density <= search.max_density) & (contrast.early <= MAINLY_EARLY) & (bound > 0)
         order = [int(i) for i in np.argsort(-bound, kind="stable") if kept[i]]
         if not order:
             raise InputError(

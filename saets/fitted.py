@@ -58,16 +58,16 @@ def fitted(run: RunFolder, experiment: Experiment) -> Fitted:
     if run.approximator.is_file() or settings.solver != "ridge" or settings.capped_weight != 1:
         approximator = EffectApproximator.load(run.approximator)
         return Fitted(approximator, approximator.provenance.get("fit", {}))
-    shipped = shipped_effects(experiment)
+    shipped = shipped_effects(experiment, run.manifest().get("effects", {}).get("worker"))
     if shipped is None:
         raise InputError(
             f"no approximator at {run.approximator}, and no measured effects come with {experiment.name}; run `saets effects` "
             "and `saets fit` first, or `saets pull` where the experiment names a published one"
         )
-    return _fit(KnownRows.of(run, shipped), experiment)
+    return _fit(KnownRows.of(run, shipped), experiment, len(run.effects.ids()))
 
 
-def _fit(known: KnownRows, experiment: Experiment) -> Fitted:
+def _fit(known: KnownRows, experiment: Experiment, own: int) -> Fitted:
     """Ridge at the penalty of least held-out error, from one pass over the rows; those held out are kept in memory."""
     settings = experiment.fit
     train, held_out = (Moments(known.rows.d_model, known.rows.d_sae) for _ in range(2))
@@ -96,7 +96,8 @@ def _fit(known: KnownRows, experiment: Experiment) -> Fitted:
         "penalty": penalty,
         "held_out_mse_by_penalty": errors,
         "held_out": scores.report(),
-        "rows_shipped": sum(counts),
+        "rows_shipped": sum(counts) - own,
     }
     approximator = replace(ridge(train, penalty), feature_r2=scores.feature_r2().float())
-    return Fitted(approximator, report, f"{sum(counts):,} measured vectors that come with {experiment.name}")
+    come_with = f"{sum(counts) - own:,} measured vectors that come with {experiment.name}"
+    return Fitted(approximator, report, f"{come_with} and {own:,} of its own" if own else come_with)

@@ -27,7 +27,7 @@ from saets.positions import EVERYWHERE, Positions
 from saets.published import load_pt
 from saets.storage import Location, Where, locate
 from saets.tensors import to_bytes
-from saets.vector import FORMAT, ScaledVector, SteeringVector
+from saets.vector import FORMAT, ScaledVector, SteeringVector, read_provenance
 
 DIRECTION = re.compile(r"^direction\.(\d+)$")
 """Name of a tensor in a GGUF control vector."""
@@ -168,6 +168,7 @@ def from_safetensors(location: Location, choice: Choice) -> ScaledVector:
         raise InputError(f"it is not a safetensors file: {error}") from error
     if header.get("format") == FORMAT:
         vector = SteeringVector.load(location)
+        _same_place(vector.hook_name, choice)
         return ScaledVector(vector, float(vector.provenance.get("scale", 1.0)))
     return _chosen(tensors, location, choice, header)
 
@@ -193,11 +194,21 @@ def _chosen(tensors: Mapping[str, Tensor], location: Location, choice: Choice, h
     if key not in tensors:
         raise unknown("key", str(key), tensors)
     assert key is not None
+    if choice.key is None and HOOK_PATTERN.match(key):
+        _same_place(key, choice)
     hook_name = choice.hook_name or (key if HOOK_PATTERN.match(key) else None)
     if hook_name is None:
         raise InputError("the file does not say where the vector is added; give --layer or --hook-name")
     ours = header if header.get("hook_name") == key else {}
     return _vector(_row(tensors[key], choice.row), hook_name, location, {"key": key} if key else {}, ours)
+
+
+def _same_place(hook_name: str, choice: Choice) -> None:
+    """Raise `InputError` where a file says that its vector belongs elsewhere than was asked for."""
+    if choice.hook_name not in (None, hook_name):
+        raise InputError(
+            f"its vector is for {hook_name}, and {choice.hook_name} was asked for; leave --layer and --hook-name out"
+        )
 
 
 def _row(tensor: Tensor, row: int | None) -> Tensor:
@@ -220,13 +231,14 @@ def _vector(tensor: Tensor, hook_name: str, location: Location, facts: dict[str,
     if not tensor.is_floating_point():
         raise InputError(f"the tensor is {str(tensor.dtype).removeprefix('torch.')}; expected floating-point numbers")
     try:
-        provenance = json.loads(ours.get("provenance", "{}"))
+        provenance = read_provenance(ours.get("provenance", "{}"))
         positions = Positions.from_json(json.loads(ours["positions"])) if "positions" in ours else EVERYWHERE
     except json.JSONDecodeError as error:
         raise InputError(f"what saets wrote beside the vector is damaged: {error}") from error
     imported = {"file": location.name, **facts}
-    vector = SteeringVector.from_tensor(tensor, hook_name, **{**provenance, "imported": imported})
-    return ScaledVector(replace(vector, positions=positions), tensor.double().norm().item())
+    vector = SteeringVector.from_tensor(tensor, hook_name)
+    known = replace(vector, positions=positions, provenance={**provenance, "imported": imported})
+    return ScaledVector(known, tensor.double().norm().item())
 
 
 def _read_gguf(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

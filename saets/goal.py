@@ -173,13 +173,19 @@ def goal_features(goal: Goal, experiment: Experiment) -> GoalFeatures:
     """
     own = experiment.steering.features.get(goal.id)
     table = experiment.steering.features_of or experiment.name
+    if own is not None and not own:
+        raise InputError(f"steering.features.{goal.id} is empty; give [[feature id, weight], ...], or leave it out")
     features = GoalFeatures(target=own) if own else goal.features.get(table)
     if features is None:
         raise InputError(
             f"goal {goal.id!r} has no features for {table!r}; known: {', '.join(goal.features) or 'none'}. "
-            f"Set steering.features.{goal.id} = [[feature id, weight], ...] or leave out the methods sae and sae_ts"
+            f"Set steering.features.{goal.id} = [[feature id, weight], ...] (`saets features` finds some), or choose methods "
+            "that need none (caa, fgaa)"
         )
     for weights in (features.target, features.sae or features.target):
-        if not any(weight for _, weight in weights):
-            raise InputError(f"goal {goal.id!r}: all feature weights are zero")
+        totals: dict[int, float] = {}
+        for feature, weight in weights:
+            totals[feature] = totals.get(feature, 0.0) + weight
+        if not any(totals.values()):
+            raise InputError(f"goal {goal.id!r}: all feature weights are zero, or cancel")
     return features

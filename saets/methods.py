@@ -45,7 +45,7 @@ def sae_ts(
     Columns of M are not normalised in M t; `bias_weight` is the paper's lambda, 1 there.
     """
     M, b = approximator.M, approximator.b
-    return normalize(M @ target, dim=0) - bias_weight * normalize(M @ b, dim=0)
+    return normalize(_towards(M, target), dim=0) - bias_weight * normalize(M @ b, dim=0)
 
 
 def pinverse(target: Float[Tensor, " d_sae"], approximator: EffectApproximator) -> Float[Tensor, " d_model"]:
@@ -54,6 +54,7 @@ def pinverse(target: Float[Tensor, " d_sae"], approximator: EffectApproximator) 
     Directions that M does not see get nothing. `pinverse_raw` is the same vector at its own length.
     """
     M, b = approximator.M, approximator.b
+    _towards(M, target)
     return solve(gram(M), M.double() @ (normalize(target, dim=0) - b).double()).float()
 
 
@@ -114,7 +115,7 @@ def ridge(
     is tau = ||M b|| / (bias_weight ||M t||), where M (tau t - b) is along u(M t) - bias_weight u(M b).
     """
     M, b = approximator.M.double(), approximator.b.double()
-    towards, away = M @ target.double(), M @ b
+    towards, away = _towards(M, target.double()), M @ b
     if ridge_target_size is None:
         wanted = normalize(towards, dim=0) - bias_weight * normalize(away, dim=0)
     else:
@@ -141,6 +142,21 @@ def constrained(
         return problem.best(constrained_gamma).float()
     enough = normalize(sae_ts(target, approximator, bias_weight=bias_weight), dim=0)
     return problem.best(problem.largest_gamma(problem.gain(enough))).float()
+
+
+def _towards(M: Float[Tensor, "d_model d_sae"], target: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_model"]:
+    """M t; without it a method would only go away from M b.
+
+    Raises:
+        InputError: it is zero, as for features that no measured vector changed.
+    """
+    towards = M @ target
+    if not towards.any():
+        raise InputError(
+            "the approximator knows of no vector that changes the target's features; choose other features, or measure "
+            "more vectors"
+        )
+    return towards
 
 
 METHODS: dict[str, Method] = {

@@ -177,5 +177,6 @@ def _finite(path: Path, *tensors: Tensor) -> None:
 def _reason(error: BaseException) -> str:
     """The line of torch's long message that names what it met."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if "weights_only" not in line]  # torch's advice to run what is in the file
     named = [line for line in lines if RUNS_CODE.search(line)]
     return (named or lines or [type(error).__name__])[0][:200]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -239,3 +240,16 @@ class Location:
 
 Where = str | Path | Location
 """How callers may name a file or folder; `locate` makes one type of it."""
+
+
+def shareable(value: Any) -> Any:
+    """The same JSON-like value, with paths of this machine and secrets in URIs taken out of its texts."""
+    if isinstance(value, dict):
+        return {shareable(key): shareable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if is_uri(value):
+        return re.sub("//[^/@]*@", "//", without_secrets(value))
+    return Path(value).name if os.path.isabs(value) else value

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saets.errors import InputError
+from saets.hooks import layer_of
 from saets.positions import EVERYWHERE, Part, Positions
 from saets.records import vector_id
 from saets.shapes import Float
@@ -42,6 +43,8 @@ class SteeringVector:
 
     def __post_init__(self) -> None:
         length = self.direction.float().norm().item()
+        if not math.isfinite(length):
+            raise InputError("the direction holds NaN or infinity; a steering vector needs finite numbers")
         if not abs(length - 1) < 1e-3:
             raise InputError(
                 f"a steering vector has unit length and its strength is the scale; got length {length:.6g}: "
@@ -96,7 +99,11 @@ class SteeringVector:
             )
         try:
             positions = Positions.from_json(json.loads(header["positions"])) if "positions" in header else EVERYWHERE
-            return cls(tensors["direction"], header["hook_name"], json.loads(header["provenance"]), positions)
+            direction, provenance = tensors["direction"], read_provenance(header["provenance"])
+            if direction.dtype != torch.float32 or direction.ndim != 1:
+                raise InputError(f"the direction is {direction.dtype} {list(direction.shape)}; expected float32 [d_model]")
+            layer_of(header["hook_name"])
+            return cls(direction, header["hook_name"], provenance, positions)
         except (KeyError, ValueError) as error:
             raise InputError(f"{path} is a damaged vector file: {error}; write it again") from error
 
@@ -137,6 +144,24 @@ class SteeringVector:
 
     def __sub__(self, other: SteeringVector | ScaledVector) -> ScaledVector:
         return ScaledVector(self, 1.0) - other
+
+
+def read_provenance(text: str) -> dict[str, Any]:
+    """The provenance in a file's header.
+
+    Raises:
+        InputError: damaged, no table, or scales in it that are none.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"its provenance is damaged: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("scales", {}), dict):
+        raise InputError("its provenance is not a table of facts, or the scales in it are not")
+    scale = found.get("scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+        raise InputError(f"its scale is {scale!r}; expected a number, 0 or more")
+    return found
 
 
 @dataclass(frozen=True)

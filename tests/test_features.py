@@ -121,7 +121,7 @@ def test_each_filter_keeps_out_its_own_kind_of_feature(
     wide: Any, folder: Path, goal: Goal, corpus: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert set(finder(wide, folder, corpus=corpus, max_density=1.0).for_goal(goal)["feature"]) == {GOAL, DENSE}
-    monkeypatch.setattr("saets.features.MAX_EARLY", 1.0)
+    monkeypatch.setattr("saets.features.MAINLY_EARLY", 1.0)
     assert set(finder(wide, folder, corpus=corpus, max_density=0.3).for_goal(goal)["feature"]) == {GOAL, EARLY}
     described = finder(wide, folder, corpus=corpus).describe([LONELY, EARLY])
     assert described["feature"].to_list() == [LONELY, EARLY]

@@ -289,10 +289,19 @@ def test_vectors_of_another_model_or_hook_are_refused_unless_forced(tmp_path: Pa
     assert main([str(word) for word in (*read, "--force")]) == 0
     assert SteeringVector.load(tmp_path / "taken.safetensors").model == "tiny"
     vector("blocks.1.hook_resid_post", model="tiny").save(path)
-    assert "is for blocks.1.hook_resid_post; this run steers at blocks.2.hook_resid_post" in refused(capsys, *export)
+    assert "is for blocks.1.hook_resid_post, and this experiment steers at blocks.2.hook_resid_post" in refused(capsys, *export)
     assert not out.exists()
     assert main([*map(str, export), "--force"]) == 0
     assert out.exists()
+
+
+def test_a_place_that_the_file_gainsays_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, ours = tmp_path / "plain.safetensors", tmp_path / "ours.safetensors"
+    save_file({HOOK: torch.ones(32)}, plain)
+    vector().save(ours)
+    for path in (plain, ours):
+        said = refused(capsys, "import", "tiny", path, "--layer", "1", "--file", tmp_path / "new.safetensors")
+        assert f"its vector is for {HOOK}, and blocks.1.hook_resid_post was asked for" in said
 
 
 def test_what_no_force_can_make_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

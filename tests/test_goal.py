@@ -108,15 +108,20 @@ def test_an_experiment_can_read_the_features_table_of_another_name() -> None:
 
 
 def test_a_goal_without_features_for_the_experiment_is_refused_with_the_tables_it_has_and_the_ways_out() -> None:
-    words = r"'anger' has no features for 'tiny'; known: .*gemma-2-2b.*steering\.features\.anger = .*leave out the methods"
+    words = r"'anger' has no features for 'tiny'; known: .*gemma-2-2b.*steering\.features\.anger = .*that need none"
     with pytest.raises(InputError, match=words):
         goal_features(load_goal("anger"), load_experiment("tiny"))
 
 
-@pytest.mark.parametrize("weights", ["[[3, 0.0]]", "[[3, 0.0], [4, 0]]"])
+@pytest.mark.parametrize("weights", ["[[3, 0.0]]", "[[3, 0.0], [4, 0]]", "[[3, 1.0], [3, -1.0]]"])
 def test_weights_that_are_all_zero_are_refused(weights: str) -> None:
     with pytest.raises(InputError, match="'anger': all feature weights are zero"):
         goal_features(load_goal("anger"), load_experiment("tiny", [f"steering.features.anger={weights}"]))
+
+
+def test_an_empty_list_of_features_is_refused() -> None:
+    with pytest.raises(InputError, match="steering.features.anger is empty"):
+        goal_features(load_goal("anger"), load_experiment("tiny", ["steering.features.anger=[]"]))
 
 
 def test_zero_weights_of_the_sae_method_alone_are_refused_too(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_in_a_terminal_prompts_are_typed_and_what_is_wrong_with_one_is_no_end(
         (["--prompt-format", "chat"], "evaluation.prompt_format is 'chat', and the model's tokenizer has no chat template"),
         (
             ["--set", "hook_name=blocks.1.hook_resid_post"],
-            "is for blocks.2.hook_resid_post; this run steers at blocks.1",
+            "is for blocks.2.hook_resid_post, and this experiment steers at blocks.1",
         ),
     ],
 )

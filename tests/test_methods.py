@@ -218,6 +218,17 @@ def test_the_ridge_path_of_another_target_size_ends_in_sae_ts_of_another_weight(
     assert torch.allclose(end, unit(build("sae_ts", ingredients, bias_weight=weight.item())), atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["sae_ts", "pinverse", "ridge"])
+def test_a_target_that_no_vector_reaches_is_refused_and_not_replaced_by_the_bias(
+    method: str, approximator: EffectApproximator
+) -> None:
+    M = approximator.M.clone()
+    M[:, 3] = 0
+    ingredients = SimpleNamespace(target=weights((3, 1.0)), approximator=EffectApproximator(M, approximator.b))
+    with pytest.raises(InputError, match="knows of no vector that changes the target's features"):
+        build(method, ingredients)
+
+
 D, FEATURES = 24, 200
 
 

@@ -153,14 +153,16 @@ def test_the_sae_vector_is_the_decoder_row(finished: Path, folder: Path) -> None
 
 
 def test_vector_files_say_what_made_them_and_between_which_scales_they_are_of_use(finished: Path, folder: Path) -> None:
-    made = {method: SteeringVector.load(finished / "vectors" / f"london--{method}.safetensors") for method in METHOD_IDS}
+    made = {
+        method: SteeringVector.load(finished / "vectors" / f"london--{method}.safetensors") for method in ("caa", "sae", "sae_ts")
+    }
     worker = json.loads((finished / "manifest.json").read_text())["effects"]["worker"]
     approximator = hashlib.sha256((finished / "approximator.safetensors").read_bytes()).hexdigest()
     for method, vector in made.items():
         facts = vector.provenance
         assert (facts["model"], facts["goal"], facts["method"]) == ("model", "london", method)
         assert facts["model_hash"] == worker["model_hash"]
-        assert facts["options"] == {"bias_weight": 1.0}
+        assert facts["options"] == ({"bias_weight": 1.0} if method == "sae_ts" else {})
         assert facts["saets_version"] == metadata.version("saets")
         assert str(folder) not in json.dumps(facts)
         assert vector.positions == Positions("all", bos=True)
@@ -264,7 +266,25 @@ def test_what_a_worker_finds_wrong_is_one_line(
 
 
 def test_steering_and_forecasting_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["steer", str(finished), "--goal", "london", "--method", "sae_ts", "--scale", "4", "--samples", "2"]) == 0
+    assert (
+        main(
+            [
+                "steer",
+                str(finished),
+                "--goal",
+                "london",
+                "--method",
+                "sae_ts",
+                "--scale",
+                "4",
+                "--samples",
+                "2",
+                "--prompt",
+                "I think",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "unsteered" in printed
     assert "scale 4" in printed
@@ -354,7 +374,10 @@ def test_a_run_in_a_bucket_goes_to_results_and_plots_and_is_not_computed_twice(
     assert (folder / "approximator.safetensors").read_bytes() == approximator
     assert folder.entries()["fit.json"].mtime_ns == fitted
     assert main(["plot", out]) == 0
-    assert main(["steer", out, "--goal", "london", "--method", "sae_ts", "--scale", "4", "--samples", "2"]) == 0
+    assert (
+        main(["steer", out, "--goal", "london", "--method", "sae_ts", "--scale", "4", "--samples", "2", "--prompt", "I think"])
+        == 0
+    )
     assert main(["forecast", out, "--feature", "3:1", "--top", "4"]) == 0
     assert main(["forecast", "tiny", "--out", out, "--vector", f"{out}/vectors/london--caa.safetensors"]) == 0
     assert ".lock" not in folder.entries()

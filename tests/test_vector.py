@@ -46,7 +46,7 @@ def test_numbers_without_a_direction_are_refused(numbers: list[float]) -> None:
         SteeringVector.from_tensor(torch.tensor(numbers), HOOK)
 
 
-@pytest.mark.parametrize("numbers", [[3.0, 4.0], [0.6, 0.81], [0.0, 0.0], [float("nan"), 1.0]])
+@pytest.mark.parametrize("numbers", [[3.0, 4.0], [0.6, 0.81], [0.0, 0.0]])
 def test_a_direction_that_is_not_of_unit_length_is_refused_with_the_way_to_normalise(numbers: list[float]) -> None:
     with pytest.raises(InputError, match="from_tensor to normalise"):
         SteeringVector(torch.tensor(numbers), HOOK)
@@ -191,10 +191,35 @@ def test_a_damaged_header_is_refused(tmp_path: Path, damage: dict[str, str | Non
 
 def test_a_file_whose_direction_is_not_of_unit_length_is_refused(tmp_path: Path) -> None:
     header = {"format": "saets-vector", "hook_name": HOOK, "provenance": "{}"}
-    for numbers in (torch.zeros(32), torch.full((32,), torch.nan), torch.ones(32)):
+    for numbers, what in (
+        (torch.zeros(32), "unit length"),
+        (torch.full((32,), torch.nan), "NaN"),
+        (torch.ones(32), "unit length"),
+    ):
         save_file({"direction": numbers}, tmp_path / "vector.safetensors", metadata=header)
-        with pytest.raises(InputError, match="unit length"):
+        with pytest.raises(InputError, match=what):
             SteeringVector.load(tmp_path / "vector.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"provenance": "[1]"}, "not a table"),
+        ({"provenance": "{"}, "provenance is damaged"),
+        ({"provenance": '{"scales": [1, 2]}'}, "scales in it are not"),
+        ({"provenance": '{"scale": "x"}'}, "its scale is 'x'"),
+        ({"provenance": '{"scale": -1}'}, "its scale is -1"),
+        ({"hook_name": "nonsense"}, "not a residual-stream hook"),
+        ({"direction": vector().direction[None]}, r"expected float32 \[d_model\]"),
+        ({"direction": vector().direction.bfloat16()}, "expected float32"),
+    ],
+)
+def test_a_file_that_says_what_cannot_be_is_refused_in_a_line(changed: dict[str, Any], what: str, tmp_path: Path) -> None:
+    held = {"format": "saets-vector", "hook_name": HOOK, "provenance": "{}", "direction": vector().direction, **changed}
+    save_file({"direction": held.pop("direction")}, tmp_path / "vector.safetensors", metadata=held)
+    with pytest.raises(InputError, match=what) as refused:
+        SteeringVector.load(tmp_path / "vector.safetensors")
+    assert "vector.safetensors" in str(refused.value)
 
 
 def test_a_multiple_is_the_vector_with_a_scale() -> None:

@@ -6,9 +6,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from saets.commands.common import Commands, add_command, console, opened_run
+from saets.commands.common import Commands, add_command, console, errors, opened_run
 from saets.commands.looking import add_vector_choice, chosen_vector
-from saets.storage import locate
+from saets.storage import locate, shareable
 
 
 def add(commands: Commands) -> None:
@@ -45,6 +45,8 @@ def _export(options: argparse.Namespace) -> None:
     scaled = ScaledVector(vector, 1.0) * scale
     export_vector(scaled, options.to, path, model_hint=model_type(run.experiment.model), force=options.force)
     console.print(f"{path}: {vector.hook_name}, length {scaled.scale:g}", markup=False)
+    if not vector.positions.everywhere:
+        errors.print(f"the file does not say that only {vector.positions} is to be steered", markup=False)
     if options.to == "gguf":
         how = f"--control-vector-scaled {path}:SCALE" if scaled.scale == 1 else f"--control-vector {path}"
         console.print(f"llama.cpp adds it at every position with {how}", markup=False)
@@ -71,7 +73,7 @@ def _import(options: argparse.Namespace) -> None:
     check_vector(experiment, scaled.vector, force=options.force)
     if not options.force:
         check_model_kind(experiment, scaled.vector.provenance.get("imported", {}).get("model_hint", ""))
-    provenance = {**scaled.vector.provenance, "model": experiment.model.name}
+    provenance = {**scaled.vector.provenance, "model": shareable(experiment.model.name)}
     vector = replace(scaled.vector, provenance=provenance)
     replace(scaled, vector=vector).save(options.file)
     console.print(f"{options.file}: {vector.hook_name}, {vector.positions}, length {scaled.scale:g}", markup=False)

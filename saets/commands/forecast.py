@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from saets.commands.common import Commands, add_command, console, opened_run
-from saets.commands.looking import add_vector_choice, chosen_vector, say_where_fitted, weighted
+from saets.commands.looking import add_vector_choice, chosen_vector, say_where_added, say_where_fitted, weighted
 from saets.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def _forecast(options: argparse.Namespace) -> None:
     run = opened_run(options)
     vector = chosen_vector(run, options)
     check_vector(run.experiment, vector, force=options.force)
+    say_where_added(run, vector)
     if not options.feature:
         say_where_fitted(run)
     target = wanted or target_of(vector, run.experiment)

@@ -42,6 +42,12 @@ def chosen_vector(run: Run, options: argparse.Namespace) -> SteeringVector:
     return run.target(features, bias_weight=run.experiment.steering.bias_weight)
 
 
+def say_where_added(run: Run, vector: SteeringVector) -> None:
+    """Say on stderr where a vector of another hook is added, which --force allows."""
+    if vector.hook_name != run.experiment.hook_name:
+        errors.print(f"the vector is for {vector.hook_name}; it is added at {run.experiment.hook_name}", markup=False)
+
+
 def say_where_fitted(run: Run) -> None:
     """Say on stderr where the approximator is not the run's own."""
     if run.fit.here:
@@ -58,7 +64,10 @@ def weighted(words: list[str], option: str = "--feature") -> dict[int, float]:
     for word in words:
         number, _, weight = word.partition(":")
         try:
-            found[int(number)] = float(weight or 1)
+            feature, value = int(number), float(weight or 1)
         except ValueError as error:
             raise InputError(f"{option} {word!r}: expected ID:WEIGHT, e.g. {option} 123:0.5") from error
+        if feature in found:
+            raise InputError(f"{option} names feature {feature} twice; give it one weight")
+        found[feature] = value
     return found

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from saets.commands.common import Commands, add_command, console, errors, opened_run
-from saets.commands.looking import add_vector_choice, chosen_vector
+from saets.commands.looking import add_vector_choice, chosen_vector, say_where_added
 from saets.errors import InputError, unknown
 from saets.tokens import PromptFormat
 
@@ -38,8 +38,8 @@ def add(commands: Commands) -> None:
         type=float,
         action="append",
         default=[],
-        help="L2 length to add; may be given several times. By default those that the vector's file recommends, or else the one "
-        "that the experiment's calibration finds",
+        help="L2 length to add; may be given several times. By default that of the file, those that it recommends, or "
+        "else the one that the experiment's calibration finds",
     )
     steer.add_argument(
         "--prompt",
@@ -62,6 +62,7 @@ def _steer(options: argparse.Namespace) -> None:
     new_tokens = settings.new_tokens if options.new_tokens is None else options.new_tokens
     how = How(tuple(options.scale), options.samples, options.seed, new_tokens, settings.prompt_format)
     vector = chosen_vector(run, options)
+    say_where_added(run, vector)
     if not how.scales:
         how = replace(how, scales=_own_scales(run, vector, options.force))
     talk = Talk(run, vector, how, force=options.force)
@@ -165,7 +166,10 @@ CHANGES: dict[str, tuple[str, Callable[[Sequence[str]], object], str]] = {
 
 
 def _own_scales(run: Run, vector: SteeringVector, force: bool) -> tuple[float, ...]:
-    """The scales that the vector's file recommends, else the one that calibration gives; said on stderr."""
+    """The scale of the vector's file, those that it recommends, or else the one that calibration gives; said on stderr."""
+    if "scale" in vector.provenance:
+        errors.print(f"scale {vector.provenance['scale']:.3g}, as the file has it", markup=False)
+        return (float(vector.provenance["scale"]),)
     found = vector.provenance.get("scales") or {}
     recommended = tuple(float(found[end]) for end in ("low", "high") if found.get(end) is not None)
     if recommended:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from saets import methods
 from saets.approximator import EffectApproximator
+from saets.config import LOSS_RULES
+from saets.contrast import MAINLY_EARLY
 from saets.distributed.pool import Call
 from saets.errors import InputError
 from saets.experiment import model_settings
@@ -33,8 +35,8 @@ READ_BY_ACTORS = {
 }
 """Ingredients that come from a goal's contrast texts, and the methods of `SteeringActor` that read them."""
 
-MAINLY_EARLY = 0.5
-"""A feature with more of its activation than this at the start of texts says nothing of what they are about."""
+SCALES = (*LOSS_RULES, "scale_grid", "scale_search", "calibration_text", "calibration_chunks", "calibration_length")
+"""Settings of effects by which scales are found."""
 
 
 class Shared:
@@ -167,20 +169,24 @@ def read_texts(session: Session, wanted: Iterable[tuple[Goal, str]]) -> dict[str
 
     async def main(call: Call) -> list[Any]:
         density = [call("feature_density")] if dense else []
-        return await asyncio.gather(*density, *(call(name, goal) for (_, name), goal in todo.items()))
+        return await asyncio.gather(*density, *(read(call, name, goal) for (_, name), goal in todo.items()))
 
-    with session.progress.stage("reading contrast texts", len(todo), 0, "goals") as advance:
+    async def read(call: Call, name: str, goal: Goal) -> Any:
+        result = await call(name, goal)
+        advance(1)
+        return result
+
+    with session.progress.stage("reading contrast texts", len(todo), 0, "sets") as advance:
         found = session.pool.run(main, calls=len(todo) + dense)
-        advance(len(todo))
     density = {"feature_density": found.pop(0)} if dense else {}
-    read: dict[str, dict[str, Any]] = {goal: dict(density) for goal, _ in todo}
+    results: dict[str, dict[str, Any]] = {goal: dict(density) for goal, _ in todo}
     for (goal, call), result in zip(todo, found, strict=True):
-        read[goal][call] = result
-    return read
+        results[goal][call] = result
+    return results
 
 
 def made_from(session: Session, goal: Goal, method: str) -> dict[str, Any]:
-    """All that decides a vector: settings, texts, features, and the fit."""
+    """All that decides a vector and the scales that its file recommends: settings, texts, features, and the fit."""
     experiment = session.experiment
     names = set(methods.ingredients_of(method))
     facts: dict[str, Any] = {
@@ -189,6 +195,7 @@ def made_from(session: Session, goal: Goal, method: str) -> dict[str, Any]:
         "method": method,
         "options": methods.options_of(method, experiment.steering.model_dump()),
     }
+    facts["scales"] = experiment.effects.model_dump(include=set(SCALES))
     if names & READ_BY_ACTORS.keys():
         facts["contrast"] = goal.contrast.model_dump()
     if names - {"positive", "negative"}:

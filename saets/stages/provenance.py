@@ -14,8 +14,9 @@ from saets.config import LOSS_RULES
 from saets.distributed.pool import Call
 from saets.engine.calibration import ONSET, ScaleRange
 from saets.goal import Goal, goal_features
-from saets.stages.push import shareable
+from saets.stages.ingredients import made_from
 from saets.stages.session import Session
+from saets.storage import shareable
 from saets.vector import SteeringVector
 
 
@@ -43,6 +44,8 @@ def provenance(session: Session, goal: Goal, method: str, options: dict[str, Any
         hashes["sae_hash"] = worker.get("sae_hash")
     if "approximator" in names:
         hashes["approximator_sha256"] = hashlib.sha256(session.run.approximator.read_bytes()).hexdigest()
+    made = made_from(session, goal, method)
+    facts |= {name: made[name] for name in ("max_density", "density_text", "stillness", "rotation") if made.get(name)}
     known: dict[str, Any] = shareable({**facts, **{name: text for name, text in hashes.items() if text}})
     return known
 

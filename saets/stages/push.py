@@ -6,12 +6,9 @@ What is pushed names no path of this machine and no password: paths become their
 from __future__ import annotations
 
 import json
-import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save
 
@@ -21,7 +18,7 @@ from saets.config import Experiment
 from saets.errors import InputError
 from saets.experiment import load_experiment
 from saets.progress import Progress
-from saets.storage import Location, Where, is_uri, without_secrets
+from saets.storage import Location, Where, shareable
 from saets.store import RunFolder
 from saets.tensors import read_tensors
 
@@ -83,16 +80,3 @@ def _shareable_file(name: str, location: Location, experiment: Experiment, folde
     copy = folder / name.replace("/", "-")
     copy.write_bytes(location.read_bytes())
     return copy
-
-
-def shareable(value: Any) -> Any:
-    """The same JSON-like value, with paths of this machine and secrets in URIs taken out of its texts."""
-    if isinstance(value, dict):
-        return {shareable(key): shareable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [shareable(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if is_uri(value):
-        return re.sub("//[^/@]*@", "//", without_secrets(value))
-    return Path(value).name if os.path.isabs(value) else value

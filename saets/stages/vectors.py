@@ -7,6 +7,7 @@ from dataclasses import replace
 from saets import methods
 from saets.checks import check_goals
 from saets.config import settings_hash
+from saets.errors import InputError
 from saets.goal import Goal
 from saets.stages.ingredients import Ingredients, Shared, made_from, read_texts
 from saets.stages.provenance import provenance, recommended_scales
@@ -25,7 +26,8 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
     that belongs to it where a method needs one. New vectors are calibrated: their files say between which scales they are of use.
 
     Raises:
-        InputError: no approximator, features outside the SAE, a direction of length zero, or see `Calibrator`.
+        InputError: no approximator, features outside the SAE, a direction of length zero, or see `Calibrator`; vectors that can
+            be built are saved before.
     """
     experiment, run = session.experiment, session.run
     goals = {goal.id: goal for goal in check_goals(experiment)}
@@ -44,18 +46,27 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
     read = read_texts(session, [(goals[name], method) for name, method in todo])
     shared, settings = Shared(session), experiment.steering.model_dump()
     built: dict[Pair, SteeringVector] = {}
+    failures: list[InputError] = []
     with session.progress.stage("building vectors", len(wanted), len(kept), "vectors") as advance:
         for name, method in todo:
             options = methods.options_of(method, settings)
-            made = methods.build(method, Ingredients(goals[name], session, shared, read.get(name, {})), **options)
-            facts = provenance(session, goals[name], method, options)
-            if method in methods.KEEPS_LENGTH:
-                facts["raw_length"] = made.norm().item()
-            built[name, method] = SteeringVector.from_tensor(made, experiment.hook_name, **facts, inputs=wanted[name, method])
+            try:
+                made = methods.build(method, Ingredients(goals[name], session, shared, read.get(name, {})), **options)
+                facts = provenance(session, goals[name], method, options)
+                if method in methods.KEEPS_LENGTH:
+                    facts["raw_length"] = made.norm().item()
+                vector = SteeringVector.from_tensor(made, experiment.hook_name, **facts, inputs=wanted[name, method])
+            except InputError as error:
+                failures.append(InputError(f"goal {name!r}, method {method!r}: {error}"))
+            else:
+                built[name, method] = vector
             advance(1)
-    for (pair, vector), scales in zip(built.items(), recommended_scales(session, list(built.values())), strict=True):
+    ranges = recommended_scales(session, list(built.values())) if built else []
+    for (pair, vector), scales in zip(built.items(), ranges, strict=True):
         built[pair] = replace(vector, provenance={**vector.provenance, "scales": scales})
         built[pair].save(run.vector(*pair))
+    if failures:
+        raise failures[0]
     vectors = {pair: built.get(pair) or kept[pair] for pair in wanted}
     run.update_stage("vectors", {f"{goal}--{method}": vector.id for (goal, method), vector in vectors.items()})
     return vectors
