@@ -266,30 +266,13 @@ def test_what_a_worker_finds_wrong_is_one_line(
 
 
 def test_steering_and_forecasting_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            [
-                "steer",
-                str(finished),
-                "--goal",
-                "london",
-                "--method",
-                "sae_ts",
-                "--scale",
-                "4",
-                "--samples",
-                "2",
-                "--prompt",
-                "I think",
-            ]
-        )
-        == 0
-    )
+    steer = ["steer", str(finished), "--goal", "london", "--method", "sae_ts", "--scale", "4", "--samples", "2"]
+    assert main([*steer, "--prompt", "I think"]) == 0
     printed = capsys.readouterr().out
     assert "unsteered" in printed
     assert "scale 4" in printed
     assert main(["forecast", str(finished), "--feature", "3:1", "--top", "4"]) == 0
-    assert "predicted effect" in capsys.readouterr().out
+    assert "target: predicted" in capsys.readouterr().out
 
 
 def test_the_openai_judge_grades_what_the_run_wrote_and_its_key_stays_out_of_every_file(
