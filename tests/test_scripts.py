@@ -69,7 +69,10 @@ def test_the_scaling_benchmark_measures_the_real_path() -> None:
     facts = json.loads(run(str(SCRIPTS / "benchmark_scaling.py"), "--quick").splitlines()[-1])
     assert 0 < facts["overhead_fraction"] < 1
     assert facts["driver_mb_small"] > 0
-    assert facts["driver_mb_large"] < facts["driver_mb_small"] + 200
+    waiting = (
+        2 * 640 * 16384 * 4 / 1e6
+    )  # so few rows may all wait for the first flush, once as they came and once as they are written
+    assert facts["driver_mb_large"] < facts["driver_mb_small"] + 200 + waiting
     assert set(facts["rows_per_second"]) == {"1", "2"}
     assert all(rate > 0 for rate in facts["rows_per_second"].values())
     ideal = facts["vectors_per_batch"] / facts["sleep_seconds"]
