@@ -27,8 +27,6 @@ class FeatureContrast:
     """[texts, d_sae]: f(h_L) of each positive text, averaged over its tokens."""
     negative: NDArray[np.float32]
     """[texts, d_sae]: the same of the text that it is paired with."""
-    density: NDArray[np.float32]
-    """[d_sae]: share of the tokens of both sides on which a feature fires."""
     early: NDArray[np.float32]
     """[d_sae]: share of a feature's activation on both sides that lies at the skipped positions; 0 where it has none."""
 
@@ -91,16 +89,14 @@ def feature_contrast(reader: FeatureReader, tokenizer: Any, goal: Goal) -> Featu
     """
     texts, first = contrast_texts(tokenizer, goal, reader.skip_positions)
     means = np.empty((len(texts), reader.d_sae), np.float32)
-    fired, early, total = np.zeros((3, reader.d_sae))
+    early, total = np.zeros((2, reader.d_sae))
     for read in reader.read(texts):
         counts = read.counted & (torch.arange(read.tokens.shape[1]) >= first[read.texts, None]).to(read.counted.device)
         own = read.acts * counts[:, :, None]
         means[read.texts] = (own.sum(1) / counts.sum(1)[:, None]).cpu().numpy()
-        fired += (own > 0).sum((0, 1)).cpu().numpy()
         at_start = (read.acts * read.early[:, :, None]).sum((0, 1)).cpu().numpy()
         early += at_start
         total += at_start + own.sum((0, 1)).cpu().numpy()
-    counted = sum(map(len, texts)) - int(first.sum())
     share = np.divide(early, total, out=np.zeros_like(early), where=total > 0)
     pairs = len(goal.contrast.positive)
-    return FeatureContrast(means[:pairs], means[pairs:], (fired / counted).astype(np.float32), share.astype(np.float32))
+    return FeatureContrast(means[:pairs], means[pairs:], share.astype(np.float32))

@@ -55,13 +55,12 @@ def test_each_text_is_averaged_over_its_tokens_and_the_first_positions_are_left_
     kept = np.concatenate([one[2:] for one in acts.values()])
     early = np.concatenate([one[:2] for one in acts.values()]).sum(0)
     total = early + kept.sum(0)
-    assert np.allclose(found.density, (kept > 0).mean(0), atol=2e-3)
     assert np.allclose(found.early[total > 0], (early / total)[total > 0], atol=1e-3)
 
 
 def test_mean_standard_error_and_wins_are_those_of_the_paired_differences() -> None:
     positive, negative = np.array([[1.0], [4.0], [1.0]], np.float32), np.array([[0.0], [1.0], [2.0]], np.float32)
-    found = FeatureContrast(positive, negative, np.zeros(1, np.float32), np.zeros(1, np.float32))
+    found = FeatureContrast(positive, negative, np.zeros(1, np.float32))
     assert found.mean.tolist() == [1.0]
     assert found.standard_error[0] == pytest.approx(np.sqrt((0 + 4 + 4) / 2 / 3))
     assert found.wins[0] == pytest.approx(2 / 3)
@@ -70,7 +69,7 @@ def test_mean_standard_error_and_wins_are_those_of_the_paired_differences() -> N
 def test_a_feature_that_fires_on_one_text_alone_has_a_standard_error_as_large_as_its_mean() -> None:
     positive = np.zeros((12, 1), np.float32)
     positive[3] = 7.0
-    found = FeatureContrast(positive, np.zeros_like(positive), np.zeros(1, np.float32), np.zeros(1, np.float32))
+    found = FeatureContrast(positive, np.zeros_like(positive), np.zeros(1, np.float32))
     assert found.standard_error[0] == pytest.approx(found.mean[0], rel=1e-6)
 
 
@@ -84,7 +83,7 @@ def test_texts_read_together_give_what_each_gives_alone_whatever_their_order(
     for name in ("positive", "negative"):
         assert np.allclose(getattr(together, name), getattr(alone, name), atol=1e-4)
         assert np.allclose(getattr(together, name), getattr(backwards, name)[::-1], atol=1e-4)
-    for name in ("mean", "standard_error", "density", "early"):
+    for name in ("mean", "standard_error", "early"):
         assert np.allclose(getattr(together, name), getattr(alone, name), atol=2e-3)
 
 
