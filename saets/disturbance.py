@@ -15,7 +15,6 @@ from saets.effects import EffectWorker, Failure, Measurement
 from saets.engine.calibration import Calibration, Calibrator, ScaleRule
 from saets.engine.rollout import RolloutEngine
 from saets.records import VectorItem
-from saets.rows import Baseline
 
 
 class DisturbanceWorker:
@@ -67,10 +66,3 @@ def shift_of(effect: NDArray[np.floating], weights: NDArray[np.floating], error_
     largest = int(np.abs(others).argmax())
     length = float(others @ others)
     return Shift(target, max(0.0, length - noise) ** 0.5, noise**0.5, largest, float(others[largest]))
-
-
-def mean_baseline(blocks: Sequence[Measurement]) -> Baseline:
-    """The unsteered mean of blocks measured together, for a run that has none."""
-    mean = np.mean([np.asarray(block.mean, dtype=np.float64) for block in blocks], axis=0)
-    variance = float(np.mean([block.error_variance for block in blocks]) / len(blocks))
-    return Baseline(mean.astype(np.float32), variance, None)

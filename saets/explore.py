@@ -23,12 +23,13 @@ from saets.evidence import Evidence, evidence
 from saets.experiment import load_experiment
 from saets.features import FeatureFinder, Search
 from saets.fitted import Fitted, fitted
-from saets.forecast import Agreement, agreement, check_features, effect_table, target_weights
+from saets.forecast import Agreement, agreement, effect_table, target_weights
 from saets.goal import load_goal
 from saets.labels import feature_labels
 from saets.model import load_model
 from saets.one_effect import MeasuredEffect, measure_vector
 from saets.positions import EVERYWHERE
+from saets.sae import check_features
 from saets.storage import Where, shareable
 from saets.store import RunFolder
 from saets.tokens import PromptFormat, completion_text, encode, end_tokens

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saets.calibration_text import passages
-from saets.config import PACKAGED, Experiment, packaged
+from saets.config import Experiment
 from saets.errors import InputError
 from saets.goal import Exchange, Goal, goal_names, load_goal
+from saets.labels import packaged_cards
 from saets.model_config import Sae
 from saets.progress import Progress
 from saets.reading import FeatureReader
@@ -60,8 +61,8 @@ class Cards:
 
 def shipped_cards(spec: Sae) -> Cards | None:
     """The cards that the package has of an SAE of its own; None for any other."""
-    path = packaged(str(spec.path)).parent / "cards.parquet"
-    if not str(spec.path).startswith(PACKAGED) or not path.is_file():
+    path = packaged_cards(spec)
+    if path is None:
         return None
     frame = pl.read_parquet(path, columns=["feature", "density", "contexts"]).sort("feature")
 

@@ -21,7 +21,7 @@ from saets.goal import Goal
 from saets.known_effects import KnownEffect, KnownEffects
 from saets.progress import Progress, Silent
 from saets.reading import SKIPPED, FeatureReader
-from saets.sae import load_sae, neuronpedia_link
+from saets.sae import check_features, load_sae, neuronpedia_link
 from saets.store import RunFolder
 
 CANDIDATES = 20
@@ -143,7 +143,7 @@ class FeatureFinder:
         Raises:
             InputError: ids outside the SAE.
         """
-        check_ids(features, self._reader.d_sae)
+        check_features(features, self._reader.d_sae)
         return self._described(features, None)
 
     @cached_property
@@ -184,14 +184,6 @@ class FeatureFinder:
 
     def _texts(self, tokens: Tensor) -> list[str]:
         return [self._tokenizer.decode([token]) for token in tokens[:SHOWN_TOKENS].tolist()]
-
-
-def check_ids(features: Sequence[int], d_sae: int | None) -> None:
-    """Raise `InputError` for a feature outside the SAE; `d_sae` is None where it is not known yet."""
-    for feature in features:
-        if feature < 0 or (d_sae is not None and feature >= d_sae):
-            known = "an SAE's features are numbered from 0" if d_sae is None else f"the SAE has features 0 to {d_sae - 1}"
-            raise InputError(f"no feature {feature}; {known}")
 
 
 def _own(effect: KnownEffect | None) -> float | None:

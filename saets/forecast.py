@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -14,6 +14,7 @@ from saets.config import Experiment
 from saets.errors import InputError
 from saets.goal import goal_features, load_goal
 from saets.one_effect import MeasuredEffect
+from saets.sae import check_features
 from saets.shapes import Float
 from saets.vector import SteeringVector
 
@@ -94,13 +95,6 @@ def target_weights(target: Mapping[int, float], d_sae: int) -> Float[torch.Tenso
         given = ", ".join(f"{feature}: {weight:g}" for feature, weight in target.items()) or "no features"
         raise InputError(f"got {given}; give at least one feature, with a weight that is a number and not zero")
     return weights
-
-
-def check_features(features: Iterable[int], d_sae: int) -> None:
-    """Raise `InputError` where a feature is not one of the SAE's."""
-    for feature in features:
-        if not 0 <= feature < d_sae:
-            raise InputError(f"no feature {feature}; the SAE has features 0 to {d_sae - 1}")
 
 
 def target_of(vector: SteeringVector, experiment: Experiment) -> dict[int, float]:

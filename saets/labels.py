@@ -26,12 +26,20 @@ def feature_labels(sae: Sae, features: Iterable[int], given: Mapping[int, str] |
     In a context the token that fires stands between « and ». Features of which nothing is known are left out.
     """
     labels = {feature: (given or {}).get(feature, "") for feature in features}
-    cards = packaged(sae.path).parent / "cards.parquet" if sae.path and sae.path.startswith(PACKAGED) else None
-    if cards is not None and cards.is_file():
+    cards = packaged_cards(sae)
+    if cards is not None:
         frame = pl.read_parquet(cards, columns=["feature", "contexts"]).filter(pl.col("feature").is_in(list(labels)))
         for feature, contexts in frame.iter_rows():
             labels[feature] = labels[feature] or (_context(contexts[0]) if contexts else "")
     return {feature: label for feature, label in labels.items() if label}
+
+
+def packaged_cards(sae: Sae) -> Path | None:
+    """The cards that the package has of an SAE of its own; None for any other."""
+    if not str(sae.path).startswith(PACKAGED):
+        return None
+    cards = packaged(str(sae.path)).parent / "cards.parquet"
+    return cards if cards.is_file() else None
 
 
 def read_labels(path: str) -> dict[int, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from saets.config import Experiment
@@ -15,7 +14,7 @@ from saets.engine.rollout import RolloutEngine
 from saets.errors import InputError
 from saets.model import weights_hash
 from saets.records import VectorItem
-from saets.rows import Baseline, baseline_of, baseline_rows, shared_baseline
+from saets.rows import Baseline, measured_baseline, shared_baseline
 from saets.shipped import check_weights, shipped_effects
 from saets.store import RunFolder
 from saets.vector import SteeringVector
@@ -68,4 +67,4 @@ def _baseline(run: RunFolder, experiment: Experiment, model: Any, worker: Effect
         if isinstance(block, Failure):
             raise InputError(f"the unsteered baseline could not be measured: {block.reason}; run `saets doctor`")
     measured = [block for block in blocks if isinstance(block, Measurement)]
-    return baseline_of(pl.DataFrame(pl.from_arrow(baseline_rows(measured))))
+    return measured_baseline(measured)

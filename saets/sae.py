@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,14 @@ def _listed_neuronpedia_id(release: str, sae_id: str) -> str | None:
             if (entry.repo_id, path) == weights and entry.neuronpedia_id.get(name):
                 return entry.neuronpedia_id[name]
     return None
+
+
+def check_features(features: Iterable[int], d_sae: int | None) -> None:
+    """Raise `InputError` for a feature outside the SAE; `d_sae` is None where it is not known yet."""
+    for feature in features:
+        if feature < 0 or (d_sae is not None and feature >= d_sae):
+            known = "an SAE's features are numbered from 0" if d_sae is None else f"the SAE has features 0 to {d_sae - 1}"
+            raise InputError(f"no feature {feature}; {known}")
 
 
 def describe_sae(spec: Sae) -> str:

@@ -10,11 +10,12 @@ import pytest
 
 from saets.calibration_text import calibration_tokens, held_out_tokens
 from saets.config import Experiment
-from saets.disturbance import DisturbanceWorker, mean_baseline, shift_of
+from saets.disturbance import DisturbanceWorker, shift_of
 from saets.effects import EffectWorker, Measurement, baseline_items
 from saets.errors import InputError
 from saets.records import VectorItem, unit
 from saets.results_page import side_effects_section
+from saets.rows import measured_baseline
 
 SCALES = [4.0, 12.0]
 
@@ -44,7 +45,7 @@ def test_scale_0_changes_no_loss_and_unsteered_blocks_have_no_effect_on_average(
     assert len(measured) == len(blocks)
     for block in measured:
         assert block.calibration.loss == pytest.approx(block.unsteered_loss, abs=1e-6)
-    baseline = mean_baseline(measured)
+    baseline = measured_baseline(measured)
     assert np.allclose(sum(block.mean - baseline.mean for block in measured), 0, atol=1e-6)
     assert baseline.error_variance == pytest.approx(np.mean([block.error_variance for block in measured]) / len(blocks))
 

@@ -60,10 +60,10 @@ def add(commands: Commands) -> None:
 
 def _features(options: argparse.Namespace) -> None:
     from saets.contrast import contrast_texts
-    from saets.features import FeatureFinder, check_ids
+    from saets.features import FeatureFinder
     from saets.goal import load_goal
     from saets.model import load_tokenizer
-    from saets.sae import sae_width
+    from saets.sae import check_features, sae_width
 
     if bool(options.goal) == bool(options.feature):
         raise InputError("choose --goal GOAL, or --feature ID (repeatable)")
@@ -72,7 +72,7 @@ def _features(options: argparse.Namespace) -> None:
     goal = load_goal(options.goal) if options.goal else None
     search = _search(options)
     run = opened_run(options)
-    check_ids(options.feature, sae_width(run.experiment.sae))
+    check_features(options.feature, sae_width(run.experiment.sae))
     if goal:
         contrast_texts(load_tokenizer(run.experiment.model), goal, search.skip_positions)
     with shown_progress(errors, options.progress) as progress:

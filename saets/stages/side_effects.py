@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from saets.checks import check_goals
 from saets.config import settings_hash
 from saets.distributed.pool import Call
-from saets.disturbance import Shift, mean_baseline, shift_of
+from saets.disturbance import Shift, shift_of
 from saets.effects import Failure, Measurement, baseline_items, vectors_per_batch
 from saets.errors import InputError
 from saets.experiment import effect_settings
 from saets.goal import Goal, goal_features
 from saets.model import model_shape
 from saets.records import VectorItem, content_id
-from saets.rows import shared_baseline, side_effect_rows
+from saets.rows import measured_baseline, shared_baseline, side_effect_rows
 from saets.stages.effects import recorded_rows
 from saets.stages.results import read_outcome, write_results, write_table
 from saets.stages.session import Session
@@ -88,7 +88,7 @@ def _measure(session: Session, items: list[VectorItem], scales: list[float], d_m
         if isinstance(one, Failure):
             raise InputError(f"side effects cannot be measured: {one.reason}; leave that scale out of evaluation.scales")
     measured = [one for one in found if isinstance(one, Measurement)]
-    baseline = mean_baseline(measured[: len(blocks)]) if blocks else shared_baseline(run.baseline)
+    baseline = measured_baseline(measured[: len(blocks)]) if blocks else shared_baseline(run.baseline)
     run.side_effects.write(side_effect_rows(measured[len(blocks) :], baseline))
 
 

@@ -25,7 +25,7 @@ from saets.effects import Measurement
 from saets.engine.calibration import Calibration
 from saets.errors import InputError
 from saets.held_out import is_held_out
-from saets.rows import Baseline
+from saets.rows import Baseline, measured_baseline
 from saets.tokens import encode
 
 HELD_OUT = 0.2
@@ -117,9 +117,7 @@ def fitted(found: list[Measurement], experiment: Experiment) -> dict[str, Any]:
 def parted(found: list[Measurement]) -> tuple[list[Measurement], Baseline]:
     """The vectors, and the mean of the baseline's blocks."""
     blocks = [one for one in found if one.item.source == BASELINE]
-    mean = np.mean([block.mean for block in blocks], axis=0, dtype=np.float64).astype(np.float32)
-    variance = float(np.mean([block.error_variance for block in blocks])) / len(blocks)
-    return [one for one in found if one.item.source != BASELINE], Baseline(mean, variance, None)
+    return [one for one in found if one.item.source != BASELINE], measured_baseline(blocks)
 
 
 def _measured(
