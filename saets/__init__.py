@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saets.approximator import EffectApproximator
-    from saets.config import Experiment
     from saets.engine.rollout import RolloutEngine
     from saets.errors import InputError
-    from saets.experiment import load_experiment
+    from saets.experiment.config import Experiment
+    from saets.experiment.goal import Goal, load_goal
+    from saets.experiment.loading import load_experiment
     from saets.explore import Run
-    from saets.goal import Goal, load_goal
+    from saets.fit.approximator import EffectApproximator
     from saets.model import load_model
     from saets.sae import load_sae
-    from saets.vector import ScaledVector, SteeringVector
+    from saets.vector.vector import ScaledVector, SteeringVector
 
 __all__ = [
     "EffectApproximator",
@@ -33,16 +33,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EffectApproximator": "approximator",
-    "Experiment": "config",
-    "Goal": "goal",
+    "EffectApproximator": "fit.approximator",
+    "Experiment": "experiment.config",
+    "Goal": "experiment.goal",
     "InputError": "errors",
     "RolloutEngine": "engine.rollout",
     "Run": "explore",
-    "ScaledVector": "vector",
-    "SteeringVector": "vector",
-    "load_experiment": "experiment",
-    "load_goal": "goal",
+    "ScaledVector": "vector.vector",
+    "SteeringVector": "vector.vector",
+    "load_experiment": "experiment.loading",
+    "load_goal": "experiment.goal",
     "load_model": "model",
     "load_sae": "sae",
 }

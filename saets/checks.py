@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from saets.config import DATASET, Experiment, packaged
 from saets.errors import InputError
-from saets.goal import Goal, check_contrast, goal_features, load_goal
+from saets.experiment.config import DATASET, Experiment, packaged
+from saets.experiment.goal import Goal, check_contrast, goal_features, load_goal
 from saets.hooks import blocks_below, layer_of
 from saets.judge.choice import check_judge
-from saets.methods import needs
+from saets.methods.formulas import needs
 from saets.model import load_tokenizer, model_shape, model_type, resolve_device
 from saets.sae import check_sae, sae_width
 from saets.tokens import check_chat, encode
-from saets.vector import SteeringVector, same_model
+from saets.vector.vector import SteeringVector, same_model
 
 
 def check_experiment(experiment: Experiment) -> None:

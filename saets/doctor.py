@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saets.config import Experiment
 from saets.engine import reference
 from saets.engine.batch import Row
 from saets.engine.choice import PLAIN
@@ -20,6 +19,7 @@ from saets.engine.plain import HALF_LOGITS, LOGIT_TOLERANCE, PlainDecoder
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
+from saets.experiment.config import Experiment
 from saets.hooks import blocks_below
 from saets.judge.choice import check_judge
 from saets.model import load_model

@@ -9,31 +9,31 @@ from typing import Any
 import polars as pl
 import torch
 
-from saets import methods
-from saets.approximator import EffectApproximator
-from saets.calibration_text import calibration_tokens
 from saets.checks import check_vector
-from saets.config import Experiment
-from saets.effects import scale_rule
+from saets.effects.calibration_text import calibration_tokens
+from saets.effects.one_effect import MeasuredEffect, measure_vector
+from saets.effects.worker import scale_rule
 from saets.engine.batch import Row
 from saets.engine.calibration import Calibration, Calibrator
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
-from saets.evidence import Evidence, evidence
-from saets.experiment import load_experiment
-from saets.features import FeatureFinder, Search
-from saets.fitted import Fitted, fitted
-from saets.forecast import Agreement, agreement, effect_table, target_weights
-from saets.goal import load_goal
-from saets.labels import feature_labels
+from saets.experiment.config import Experiment
+from saets.experiment.goal import load_goal
+from saets.experiment.loading import load_experiment
+from saets.features.finder import FeatureFinder, Search
+from saets.features.labels import feature_labels
+from saets.files.storage import Where, shareable
+from saets.fit.approximator import EffectApproximator
+from saets.forecast.evidence import Evidence, evidence
+from saets.forecast.prediction import Agreement, agreement, effect_table, target_weights
+from saets.methods import formulas as methods
 from saets.model import load_model
-from saets.one_effect import MeasuredEffect, measure_vector
-from saets.positions import EVERYWHERE
+from saets.run_folder.fitted import Fitted, fitted
+from saets.run_folder.store import RunFolder
 from saets.sae import check_features
-from saets.storage import Where, shareable
-from saets.store import RunFolder
 from saets.tokens import PromptFormat, completion_text, encode, end_tokens
-from saets.vector import SteeringVector
+from saets.vector.positions import EVERYWHERE
+from saets.vector.vector import SteeringVector
 
 
 class Run:
@@ -194,7 +194,7 @@ class Run:
         return agreement(self.approximator.predict(vector.direction), measured, self.evidence.mean_effect)
 
     def features(self, goal: str, search: Search | None = None) -> pl.DataFrame:
-        """Features of the SAE for a goal (packaged, or a goal file), best first: see `saets.features.FeatureFinder.for_goal`.
+        """Features of the SAE for a goal (packaged, or a goal file), best first: see `FeatureFinder.for_goal`.
 
         The run need hold nothing; effects and an approximator that it holds are shown.
         """

@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saets.calibration_text import calibration_tokens, passages
-from saets.config import Experiment
-from saets.contrast import FeatureContrast, feature_contrast
-from saets.effects import scale_rule
+from saets.effects.calibration_text import calibration_tokens, passages
+from saets.effects.worker import scale_rule
 from saets.engine.batch import Row
 from saets.engine.calibration import Calibrator, ScaleRange
 from saets.engine.rollout import RolloutEngine
-from saets.feature_cards import pieces, shipped_cards, survey
-from saets.goal import SIDES, Goal, contrast_tokens
+from saets.experiment.config import Experiment
+from saets.experiment.goal import SIDES, Goal, contrast_tokens
+from saets.features.cards import pieces, shipped_cards, survey
+from saets.features.contrast import FeatureContrast, feature_contrast
+from saets.features.reading import SKIPPED, FeatureReader
 from saets.hooks import blocks_below
 from saets.model import load_model
-from saets.progress import Silent
-from saets.reading import SKIPPED, FeatureReader
 from saets.records import Generation, GenerationItem
 from saets.sae import load_sae
+from saets.terminal.progress import Silent
 from saets.tokens import completion_text, encode, end_tokens
 
 DENSITY_TOKENS = 8192
@@ -103,7 +103,7 @@ class SteeringWorker:
         """The goal's contrast texts in the features of the experiment's SAE, which is loaded when first asked for.
 
         Raises:
-            InputError: see `load_sae` and `saets.contrast.feature_contrast`.
+            InputError: see `load_sae` and `saets.features.contrast.feature_contrast`.
         """
         return feature_contrast(FeatureReader(self.engine.decoder, self.sae, skip_positions), self.model.tokenizer, goal)
 

@@ -24,8 +24,8 @@ from saets.engine.choice import PLAIN
 from saets.engine.machine import cpu_has_bfloat16, free_bytes
 from saets.engine.plain import share_weights
 from saets.errors import InputError, unknown
-from saets.model_config import Model, RandomWeights
-from saets.quiet import quiet
+from saets.experiment.model_config import Model, RandomWeights
+from saets.terminal.quiet import quiet
 
 HASHED_NUMBERS = 4096
 """Numbers of each tensor that go into `weights_hash`; all of them would take minutes on a large model."""

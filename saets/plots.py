@@ -1,4 +1,4 @@
-"""Pictures of the results: Altair charts from the frames of `saets.results`, and their files.
+"""Pictures of the results: Altair charts from the frames of `saets.scores.results`, and their files.
 
 A method looks the same in every chart, and colour is never alone: marker shape and dash, or a label, tell methods apart in grey.
 """
@@ -16,9 +16,9 @@ import numpy as np
 import polars as pl
 
 from saets.errors import InputError, unknown
+from saets.files.storage import Location, Where, locate
 from saets.records import UNSTEERED, content_id
-from saets.results import MEASURES
-from saets.storage import Location, Where, locate
+from saets.scores.results import MEASURES
 
 Plot = alt.Chart | alt.FacetChart
 

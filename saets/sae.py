@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from saets.config import packaged
 from saets.errors import InputError, unknown
-from saets.model_config import Sae
+from saets.experiment.config import packaged
+from saets.experiment.model_config import Sae
 
 
 def load_sae(spec: Sae, d_model: int, device: torch.device | str = "cpu") -> Any:

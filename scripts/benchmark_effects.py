@@ -190,7 +190,7 @@ class RandomSae:
 def load(name: str, weights: str, device: torch.device) -> tuple[Any, Any]:
     """The model in float32, and its tokenizer where weights are real."""
     if weights == "real":
-        from saets.experiment import load_experiment
+        from saets.experiment.loading import load_experiment
         from saets.model import LOADERS
 
         found = LOADERS["gguf"](load_experiment(name).model, torch.float32)

@@ -33,12 +33,12 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from saets.config import Execution, Fit
 from saets.distributed.cluster import Cluster
 from saets.distributed.fit import FitResult, fit
-from saets.measured import MeasuredRows
-from saets.storage import locate
-from saets.store import Table
+from saets.experiment.config import Execution, Fit
+from saets.files.storage import locate
+from saets.run_folder.measured import MeasuredRows
+from saets.run_folder.store import Table
 
 AIM = 20
 """Exact should be so many times as fast, with a held-out error that is no worse."""

@@ -35,14 +35,14 @@ from chat_server import KEY
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from saets.config import JudgeSettings
-from saets.goal import load_goal
+from saets.experiment.config import JudgeSettings
+from saets.experiment.goal import load_goal
 from saets.judge.calls import CallLog
 from saets.judge.openai import OpenAIJudge
 from saets.records import Generation
-from saets.rows import grade_rows
+from saets.run_folder.rows import grade_rows
+from saets.run_folder.store import Appender, Table
 from saets.stages.stream import Workers, written_and_graded
-from saets.store import Appender, Table
 
 GOAL = load_goal("london")
 BATCH = 64

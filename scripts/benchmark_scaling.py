@@ -35,15 +35,15 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from saets.config import Effects, Execution, Experiment
 from saets.distributed.cluster import Cluster
 from saets.distributed.effects import EffectActor, measure
-from saets.effects import Failure, Measurement
-from saets.experiment import load_experiment
-from saets.pending import Pending
+from saets.effects.pending import Pending
+from saets.effects.worker import Failure, Measurement
+from saets.experiment.config import Effects, Execution, Experiment
+from saets.experiment.loading import load_experiment
 from saets.records import VectorItem
+from saets.run_folder.store import RunFolder
 from saets.stages.effects import EffectWriter
-from saets.store import RunFolder
 
 D_MODEL, D_SAE = 2304, 16384
 """Widths of Gemma-2-2B and of the SAE that the presets use there."""

@@ -26,11 +26,11 @@ import gguf
 import numpy as np
 import torch
 
-from saets.formats import export_vector, post
+from saets.experiment.model_config import Model
 from saets.model import load_model
-from saets.model_config import Model
 from saets.tokens import encode
-from saets.vector import SteeringVector
+from saets.vector.formats import export_vector, post
+from saets.vector.vector import SteeringVector
 
 TEXT = "The river runs past the mill and the old bridge into the town."
 

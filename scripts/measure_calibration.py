@@ -13,11 +13,11 @@ import json
 
 import torch
 
-from saets.calibration_text import calibration_tokens
-from saets.effects import scale_rule
+from saets.effects.calibration_text import calibration_tokens
+from saets.effects.worker import scale_rule
 from saets.engine.calibration import Calibrator
 from saets.engine.choice import decoder_for
-from saets.experiment import load_experiment
+from saets.experiment.loading import load_experiment
 from saets.model import load_model
 from saets.sae import load_sae
 

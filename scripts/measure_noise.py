@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saets.effects import EffectWorker
+from saets.effects.sources import vector_items
+from saets.effects.worker import EffectWorker
 from saets.engine.batch import Row
 from saets.engine.sampling import row_seed
-from saets.experiment import load_experiment
-from saets.sources import vector_items
+from saets.experiment.loading import load_experiment
 
 BLOCKS = 10
 REPLICATES = 2

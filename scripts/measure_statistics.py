@@ -24,9 +24,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from saets import statistics
-from saets.statistics import Half, held_out, interval, p_values, swapped_differences
-from saets.summary import summarise
+from saets.scores import statistics
+from saets.scores.statistics import Half, held_out, interval, p_values, swapped_differences
+from saets.scores.summary import summarise
 
 SCALES = np.arange(10.0)
 GOALS, METHODS, GRID, SAMPLES, PROMPTS = 9, 9, 16, 256, 2

@@ -16,15 +16,15 @@ import pytest
 import torch
 from chat_server import KEY, Server
 
-from saets.config import Experiment
-from saets.effects import EffectWorker, Measurement, baseline_items, describe
-from saets.experiment import effect_settings, load_experiment
+from saets.effects.worker import EffectWorker, Measurement, baseline_items, describe
+from saets.experiment.config import Experiment
+from saets.experiment.loading import effect_settings, load_experiment
+from saets.experiment.model_config import Model, RandomWeights
+from saets.files.storage import Location, locate
 from saets.model import ByteTokenizer, load_model, random_llama
-from saets.model_config import Model, RandomWeights
 from saets.records import VectorItem, unit, vector_id
-from saets.rows import baseline_rows, effect_rows, shared_baseline
-from saets.storage import Location, locate
-from saets.store import RunFolder
+from saets.run_folder.rows import baseline_rows, effect_rows, shared_baseline
+from saets.run_folder.store import RunFolder
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ import pytest
 
 from saets import model, sae
 from saets.cli import main
-from saets.config import Experiment
+from saets.experiment.config import Experiment
 from tests.test_goal import goal_file
 
 TINY = ["run", "tiny"]

@@ -12,20 +12,20 @@ import pytest
 import torch
 from chat_server import KEY, Answer, Server, says
 
-from saets import statistics
-from saets.battles import BattleTables
 from saets.cli import main
-from saets.config import Experiment
 from saets.errors import InputError
-from saets.experiment import load_experiment
-from saets.goal import load_goal
+from saets.experiment.config import Experiment
+from saets.experiment.goal import load_goal
+from saets.experiment.loading import load_experiment
 from saets.records import CRITERIA, Generation, Grade
-from saets.rows import generation_rows, grade_rows
+from saets.run_folder.rows import generation_rows, grade_rows
+from saets.run_folder.store import RunFolder
+from saets.scores import statistics
+from saets.scores.battles import BattleTables
 from saets.stages.compare import Wanted, compare
 from saets.stages.evaluate import generation_items, grade_settings
 from saets.stages.session import Session
-from saets.store import RunFolder
-from saets.vector import SteeringVector
+from saets.vector.vector import SteeringVector
 
 METHODS = ("caa", "sae", "sae_ts")
 BEST = {("caa", 8.0): 0.5, ("caa", 16.0): 0.2, ("sae", 8.0): 0.2, ("sae", 16.0): 0.3, ("sae_ts", 8.0): 0.4, ("sae_ts", 16.0): 0.9}

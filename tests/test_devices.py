@@ -15,20 +15,20 @@ from accelerate import dispatch_model
 from torch import nn
 
 from saets import model as loading
-from saets.config import Experiment
 from saets.doctor import examine
-from saets.effects import EffectWorker, Measurement, describe
+from saets.effects.sources import vector_items
+from saets.effects.worker import EffectWorker, Measurement, describe
 from saets.engine import machine
 from saets.engine.batch import Row
 from saets.engine.bridge import BridgeDecoder
 from saets.engine.calibration import Calibrator, ScaleRule
 from saets.engine.plain import PlainDecoder, share_weights
 from saets.engine.rollout import RolloutEngine
+from saets.experiment.config import Experiment
+from saets.experiment.goal import load_goal
+from saets.experiment.model_config import Model, RandomWeights
 from saets.generation import SteeringWorker
-from saets.goal import load_goal
 from saets.judge.local import Coherence
-from saets.model_config import Model, RandomWeights
-from saets.sources import vector_items
 from tests.engine.test_decoder import CONFIGS, vectors
 from tests.pretended import pretended_devices
 

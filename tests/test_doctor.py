@@ -10,12 +10,12 @@ from torch import Tensor
 
 from saets import doctor
 from saets.cli import main
-from saets.config import Experiment
 from saets.engine import plain
 from saets.engine.bridge import BridgeDecoder
 from saets.engine.choice import decoder_for
 from saets.engine.decoder import Step, Unsupported
 from saets.engine.plain import PlainDecoder
+from saets.experiment.config import Experiment
 
 CHECKS = ["environment", "judge", "device", "decoder", "logits", "two halves", "every position", "scale 0", "effects", "hooks"]
 

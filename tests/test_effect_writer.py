@@ -6,13 +6,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from saets.config import BASELINE, Effects
-from saets.effects import Measurement
+from saets.effects.worker import Measurement
 from saets.engine.calibration import Calibration
+from saets.experiment.config import BASELINE, Effects
 from saets.records import VectorItem, vector_id
-from saets.rows import measurement_rows, measurements_of
+from saets.run_folder.rows import measurement_rows, measurements_of
+from saets.run_folder.store import RunFolder, read_shard
 from saets.stages.effects import EffectWriter
-from saets.store import RunFolder, read_shard
 
 SETTINGS = Effects(loss_increase=0.5, baseline_blocks=2)
 

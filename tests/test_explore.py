@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from saets import Run, SteeringVector
-from saets.approximator import EffectApproximator
-from saets.config import Experiment
 from saets.errors import InputError
-from saets.experiment import load_experiment
-from saets.fitted import fitted
-from saets.forecast import gain, target_of
-from saets.store import RunFolder
+from saets.experiment.config import Experiment
+from saets.experiment.loading import load_experiment
+from saets.fit.approximator import EffectApproximator
+from saets.forecast.prediction import gain, target_of
+from saets.run_folder.fitted import fitted
+from saets.run_folder.store import RunFolder
 from saets.tokens import encode
 
 PIN = ["model.dtype=float32", "model.device=cpu"]

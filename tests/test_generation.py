@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from saets.config import Experiment
 from saets.distributed.cluster import Cluster
 from saets.distributed.pool import SteeringPool
 from saets.engine.batch import Row
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
+from saets.experiment.config import Experiment
+from saets.experiment.goal import contrast_tokens, load_goal
 from saets.generation import SteeringWorker
-from saets.goal import contrast_tokens, load_goal
-from saets.progress import Silent
 from saets.records import UNSTEERED, GenerationItem, unit
+from saets.run_folder.store import RunFolder
 from saets.stages.evaluate import generation_items
 from saets.stages.session import Session
-from saets.store import RunFolder
+from saets.terminal.progress import Silent
 from saets.tokens import encode
-from saets.vector import SteeringVector
+from saets.vector.vector import SteeringVector
 from tests.test_goal import goal_file
 
 

@@ -20,15 +20,15 @@ from chat_server import FAULTS, KEY, REMINDER, Answer, Misbehaving, Server, fail
 
 from saets.cli import main
 from saets.distributed.cluster import Cluster
-from saets.experiment import load_experiment
+from saets.experiment.loading import load_experiment
 from saets.judge import pace
-from saets.progress import Silent
 from saets.records import Generation
-from saets.rows import generation_rows
+from saets.run_folder.rows import generation_rows
+from saets.run_folder.store import RunFolder
 from saets.stages.evaluate import generation_items
 from saets.stages.session import Session
-from saets.store import RunFolder
-from saets.vector import SteeringVector
+from saets.terminal.progress import Silent
+from saets.vector.vector import SteeringVector
 
 SAMPLES = 5
 TEXTS = 2 * SAMPLES * (1 + 2 * 2)

@@ -17,8 +17,8 @@ import pytest
 
 from saets.cli import main
 from saets.distributed.cluster import Cluster
-from saets.experiment import load_experiment
-from saets.store import RunFolder, read_shard
+from saets.experiment.loading import load_experiment
+from saets.run_folder.store import RunFolder, read_shard
 
 pytestmark = pytest.mark.ray
 

@@ -15,10 +15,10 @@ import torch
 
 from saets import SteeringVector
 from saets.cli import main
-from saets.config import Experiment
-from saets.experiment import load_experiment
+from saets.experiment.config import Experiment
+from saets.experiment.loading import load_experiment
 from saets.explore import Run
-from saets.store import RunFolder
+from saets.run_folder.store import RunFolder
 
 PIN = ["--set", "model.dtype=float32", "--set", "model.device=cpu", "--out", "none"]
 HOOK = "blocks.2.hook_resid_post"

@@ -14,8 +14,8 @@ from saets import model
 from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
 from saets.errors import InputError
+from saets.experiment.model_config import Model, RandomWeights
 from saets.model import load_model, load_tokenizer, random_llama, weights_hash
-from saets.model_config import Model, RandomWeights
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import pytest
 
 from saets import plots
 from saets.errors import InputError
-from saets.results import results_table
-from saets.summary import summary_table
+from saets.scores.results import results_table
+from saets.scores.summary import summary_table
 
 ODD = 'odd </script><script>alert("1")</script> | & goal/with\\slashes'
 

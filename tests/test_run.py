@@ -17,27 +17,27 @@ import torch
 from chat_server import KEY, Server, says, steady
 from safetensors.torch import load_file
 
-from saets.approximator import EffectApproximator
 from saets.cli import main
-from saets.config import METHOD_IDS
 from saets.distributed.cluster import Cluster
 from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
-from saets.experiment import load_experiment
+from saets.experiment.config import METHOD_IDS
+from saets.experiment.loading import load_experiment
+from saets.experiment.model_config import RandomWeights
 from saets.explore import Run
+from saets.files.storage import locate
+from saets.fit.approximator import EffectApproximator
 from saets.generation import SteeringWorker
-from saets.methods import constrained
+from saets.methods.formulas import constrained
+from saets.methods.rotation import procrustes
 from saets.model import random_llama
-from saets.model_config import RandomWeights
-from saets.positions import Positions
-from saets.rotation import procrustes
+from saets.run_folder.store import RunFolder
 from saets.stages.ingredients import stillness_of
-from saets.storage import locate
-from saets.store import RunFolder
 from saets.tokens import completion_text
-from saets.vector import SteeringVector
+from saets.vector.positions import Positions
+from saets.vector.vector import SteeringVector
 
 pytestmark = pytest.mark.ray
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from saets.config import Experiment
-from saets.experiment import load_experiment
-from saets.storage import Location, locate
-from saets.terminal import shown_progress
+from saets.experiment.config import Experiment
+from saets.experiment.loading import load_experiment
+from saets.files.storage import Location, locate
+from saets.terminal.display import shown_progress
 
 if TYPE_CHECKING:
     from saets.explore import Run

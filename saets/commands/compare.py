@@ -13,7 +13,7 @@ from saets.errors import InputError
 from saets.records import CRITERIA, Criterion
 
 if TYPE_CHECKING:
-    from saets.battles import BattleTables
+    from saets.scores.battles import BattleTables
 
 
 def add(commands: Commands) -> None:

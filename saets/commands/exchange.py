@@ -8,7 +8,7 @@ from pathlib import Path
 
 from saets.commands.common import Commands, add_command, console, errors, opened_run
 from saets.commands.looking import add_vector_choice, chosen_vector
-from saets.storage import locate, shareable
+from saets.files.storage import locate, shareable
 
 
 def add(commands: Commands) -> None:
@@ -33,9 +33,9 @@ def add(commands: Commands) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from saets.checks import check_vector
-    from saets.formats import export_vector
     from saets.model import model_type
-    from saets.vector import ScaledVector
+    from saets.vector.formats import export_vector
+    from saets.vector.vector import ScaledVector
 
     run = opened_run(options)
     vector = chosen_vector(run, options)
@@ -64,7 +64,7 @@ def _name(options: argparse.Namespace) -> str:
 
 def _import(options: argparse.Namespace) -> None:
     from saets.checks import check_model_kind, check_vector
-    from saets.formats import Choice, check_new, import_vector, post
+    from saets.vector.formats import Choice, check_new, import_vector, post
 
     check_new(options.file)
     experiment = opened_run(options).experiment

@@ -14,14 +14,14 @@ from rich.text import Text
 
 from saets.commands.common import Commands, add_command, console, errors, opened_run
 from saets.errors import InputError
-from saets.storage import locate
-from saets.terminal import shown_progress
+from saets.files.storage import locate
+from saets.terminal.display import shown_progress
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from saets.features import Search
-    from saets.goal import Goal
+    from saets.experiment.goal import Goal
+    from saets.features.finder import Search
 
 FIRES = ">>", "<<"
 """Around the token on which a feature fires; it is also set in bold."""
@@ -59,9 +59,9 @@ def add(commands: Commands) -> None:
 
 
 def _features(options: argparse.Namespace) -> None:
-    from saets.contrast import contrast_texts
-    from saets.features import FeatureFinder
-    from saets.goal import load_goal
+    from saets.experiment.goal import load_goal
+    from saets.features.contrast import contrast_texts
+    from saets.features.finder import FeatureFinder
     from saets.model import load_tokenizer
     from saets.sae import check_features, sae_width
 
@@ -97,8 +97,8 @@ def _settings(named: str | None, goal: Goal | None, feature: int) -> str:
 
 
 def _search(options: argparse.Namespace) -> Search:
-    from saets.feature_cards import corpus_file
-    from saets.features import Search
+    from saets.features.cards import corpus_file
+    from saets.features.finder import Search
 
     corpus = corpus_file(Path(options.corpus)) if options.corpus else None
     return Search(options.top, options.sort, options.max_density, options.skip_positions, corpus)

@@ -15,7 +15,7 @@ from saets.errors import InputError
 
 if TYPE_CHECKING:
     from saets.explore import Run
-    from saets.vector import SteeringVector
+    from saets.vector.vector import SteeringVector
 
 
 def add(commands: Commands) -> None:
@@ -40,8 +40,8 @@ def add(commands: Commands) -> None:
 
 def _forecast(options: argparse.Namespace) -> None:
     from saets.checks import check_vector
-    from saets.forecast import target_of, target_weights
-    from saets.labels import read_labels
+    from saets.features.labels import read_labels
+    from saets.forecast.prediction import target_of, target_weights
 
     if options.top < 0:
         raise InputError(f"--top is {options.top}; expected 0 or more")
@@ -84,7 +84,7 @@ def _table(found: pl.DataFrame, target: dict[int, float]) -> Table:
 
 def _facts(run: Run, vector: SteeringVector, target: dict[int, float], *, measured: bool, force: bool) -> list[str]:
     """What is known beside the table, a line each."""
-    from saets.forecast import gain
+    from saets.forecast.prediction import gain
 
     lines = []
     if not vector.positions.everywhere:

@@ -10,7 +10,7 @@ from saets.errors import InputError
 
 if TYPE_CHECKING:
     from saets.explore import Run
-    from saets.vector import SteeringVector
+    from saets.vector.vector import SteeringVector
 
 
 def add_vector_choice(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def chosen_vector(run: Run, options: argparse.Namespace) -> SteeringVector:
     Raises:
         InputError: none or several, or one that is not there.
     """
-    from saets.vector import SteeringVector
+    from saets.vector.vector import SteeringVector
 
     given = [name for name in ("vector", "goal", "feature") if getattr(options, name)]
     if len(given) != 1 or bool(options.goal) != bool(options.method):

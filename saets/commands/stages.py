@@ -11,15 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from saets.commands.common import Commands, add_command, console, errors, experiment_of, session_of, show_path
-from saets.config import HUB_NAME
 from saets.errors import InputError
-from saets.experiment import load_experiment, preset_names
-from saets.storage import locate
-from saets.terminal import shown_progress
+from saets.experiment.config import HUB_NAME
+from saets.experiment.loading import load_experiment, preset_names
+from saets.files.storage import locate
+from saets.terminal.display import shown_progress
 
 if TYPE_CHECKING:
     from saets.stages.session import Session
-    from saets.vector import SteeringVector
+    from saets.vector.vector import SteeringVector
 
 
 def add(commands: Commands) -> None:
@@ -102,7 +102,7 @@ def _pull(options: argparse.Namespace) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    from saets.hub import Source
+    from saets.hub.client import Source
     from saets.stages.push import push
 
     run = locate(options.out or options.experiment)

@@ -19,7 +19,7 @@ from saets.tokens import PromptFormat
 
 if TYPE_CHECKING:
     from saets.explore import Run
-    from saets.vector import SteeringVector
+    from saets.vector.vector import SteeringVector
 
 HELP = """\
 a line is a prompt, an empty one the empty prompt; a line that starts with / changes how the next ones are continued:

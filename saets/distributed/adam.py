@@ -14,9 +14,9 @@ import torch
 from ray.train import Checkpoint
 from torch import Tensor, nn
 
-from saets.approximator import EffectApproximator
-from saets.config import Fit
 from saets.distributed.together import of_all_workers, sum_over_workers, workers
+from saets.experiment.config import Fit
+from saets.fit.approximator import EffectApproximator
 
 STATE = "state.pt"
 """File of a checkpoint: the map, Adam's moments and the loss of each epoch so far."""

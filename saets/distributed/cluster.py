@@ -11,8 +11,8 @@ from typing import Any
 import ray
 import ray.data  # sets up its loggers when imported, so before their levels are set here
 
-from saets.config import Execution
 from saets.errors import InputError
+from saets.experiment.config import Execution
 
 SPARE_CPUS = 2
 """Ray Data and Ray Train need free CPU slots of their own; without them they wait for ever."""

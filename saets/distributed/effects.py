@@ -22,14 +22,14 @@ import ray
 import torch
 from ray.data.block import BlockMetadata
 
-from saets.config import Experiment
 from saets.distributed.cluster import Cluster, actor_count, input_error
 from saets.distributed.rollcall import Board, answering
-from saets.effects import EffectWorker, Failure, Measurement, describe, vectors_per_batch
+from saets.effects.pending import Pending
+from saets.effects.worker import EffectWorker, Failure, Measurement, describe, vectors_per_batch
 from saets.errors import InputError
-from saets.pending import Pending
+from saets.experiment.config import Experiment
 from saets.records import VectorItem
-from saets.rows import item_rows, items_of, measurement_rows, measurements_of
+from saets.run_folder.rows import item_rows, items_of, measurement_rows, measurements_of
 
 logger = logging.getLogger(__name__)
 

@@ -15,17 +15,17 @@ import torch
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from saets.approximator import EffectApproximator, Moments, RidgePath, choose_penalty, finite_rows, ridge
-from saets.config import Fit
 from saets.distributed import shards
 from saets.distributed.adam import TrainingRows, descend
 from saets.distributed.cluster import Cluster, input_error
 from saets.distributed.together import agreeing, of_all_workers, sum_over_workers
 from saets.errors import InputError
-from saets.held_out import HeldOutScores, is_held_out
-from saets.measured import MeasuredRows
-from saets.spool import Spool
-from saets.storage import Location
+from saets.experiment.config import Fit
+from saets.files.storage import Location
+from saets.fit.approximator import EffectApproximator, Moments, RidgePath, choose_penalty, finite_rows, ridge
+from saets.fit.held_out import HeldOutScores, is_held_out
+from saets.fit.spool import Spool
+from saets.run_folder.measured import MeasuredRows
 
 BATCH_ROWS = 2048
 """Rows a worker takes at once, unless their effects would be larger than `BATCH_BYTES`."""

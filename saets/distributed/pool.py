@@ -15,17 +15,17 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from saets.config import Experiment
-from saets.contrast import FeatureContrast
 from saets.distributed.cluster import Cluster, actor_count, input_error
-from saets.disturbance import DisturbanceWorker
-from saets.effects import Failure, Measurement
+from saets.effects.worker import Failure, Measurement
 from saets.engine.calibration import ScaleRange
+from saets.experiment.config import Experiment
+from saets.experiment.goal import Goal
+from saets.features.contrast import FeatureContrast
 from saets.generation import SteeringWorker
-from saets.goal import Goal
 from saets.judge.local import LocalJudge
-from saets.measures import Measures, measure_texts
 from saets.records import Generation, GenerationItem, Grade, VectorItem
+from saets.scores.disturbance import DisturbanceWorker
+from saets.scores.measures import Measures, measure_texts
 
 Result = TypeVar("Result")
 Call = Callable[..., Awaitable[Any]]

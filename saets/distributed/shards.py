@@ -7,7 +7,7 @@ from typing import Any
 import ray.data
 from ray.data.block import BlockMetadata
 
-from saets.measured import MeasuredRows
+from saets.run_folder.measured import MeasuredRows
 
 AT_ONCE = 2
 """Shards read at once for each worker: one is decompressed while another's rows are used."""

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saets.positions import EVERYWHERE, Positions
 from saets.shapes import Float, Int
+from saets.vector.positions import EVERYWHERE, Positions
 
 FREE = -1
 """Marks a position that is sampled, in a matrix of forced tokens."""

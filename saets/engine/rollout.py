@@ -21,9 +21,9 @@ from saets.engine.decoder import Steps
 from saets.engine.graphs import StepGraphs
 from saets.engine.sampling import sample_top_k
 from saets.errors import InputError
-from saets.positions import EVERYWHERE, Positions
 from saets.shapes import Float, Int
 from saets.tokens import encode as encode_text
+from saets.vector.positions import EVERYWHERE, Positions
 
 Encode = Callable[[Tensor], Tensor]
 """From the residual stream [rows, d_model], in float32, to what is summed over positions [rows, features]; an SAE's encoder."""

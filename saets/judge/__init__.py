@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from saets.goal import Goal
+from saets.experiment.goal import Goal
 from saets.records import Generation, Grade
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
-from saets.goal import COHERENCE, Goal
+from saets.experiment.goal import COHERENCE, Goal
 from saets.judge import clean_text
 from saets.judge.chat import NoReply
 from saets.judge.scores import UnusableReply

@@ -11,8 +11,8 @@ import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saets.config import JudgeSettings
 from saets.errors import InputError
+from saets.experiment.config import JudgeSettings
 
 
 class Reply(NamedTuple):

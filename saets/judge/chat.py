@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from openai import APIError, AsyncOpenAI
 
-from saets.config import JudgeSettings
 from saets.errors import InputError
+from saets.experiment.config import JudgeSettings
 from saets.judge import clean_text
 from saets.judge.cache import Reply, ReplyCache, cache_folder, question_key
 from saets.judge.calls import CallLog

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from saets.config import JudgeSettings
+from saets.experiment.config import JudgeSettings
 from saets.judge.embedder import locate_embedder
 from saets.judge.openai import OpenAIJudge
 

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
-from saets.config import JudgeSettings
 from saets.errors import InputError
+from saets.experiment.config import JudgeSettings
 
 CONNECT_SECONDS = 10.0
 """A server that takes longer to accept a connection is taken for unreachable."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from saets.config import JudgeSettings
 from saets.errors import InputError
+from saets.experiment.config import JudgeSettings
 
 BYTES_A_TOKEN = 4
 """Of English, by which tokens are estimated where a server does not count them."""

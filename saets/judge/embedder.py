@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from saets.errors import InputError
 from saets.judge import clean_text
-from saets.quiet import quiet
 from saets.shapes import Float
+from saets.terminal.quiet import quiet
 
 EMBED_BATCH = 64
 """Texts embedded together."""

@@ -19,11 +19,11 @@ from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
-from saets.goal import Examples, Goal
+from saets.experiment.goal import Examples, Goal
 from saets.judge import clean_text
 from saets.judge.embedder import Embedder
-from saets.measures import CompletionTokens, completion_losses, distinct_share
 from saets.records import CRITERIA, Generation, Grade
+from saets.scores.measures import CompletionTokens, completion_losses, distinct_share
 from saets.tokens import PromptFormat, completion_text, encode, end_tokens
 
 RIDGE = 0.1

@@ -8,8 +8,8 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from saets.config import JudgeSettings
-from saets.goal import Goal
+from saets.experiment.config import JudgeSettings
+from saets.experiment.goal import Goal
 from saets.judge.calls import CallLog
 from saets.judge.chat import ChatServer, NoReply
 from saets.judge.cost import Estimate, Spending, Tokens

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from saets.goal import COHERENCE, Goal
+from saets.experiment.goal import COHERENCE, Goal
 from saets.judge import clean_text
 from saets.judge.scores import HIGHEST, LOWEST
 from saets.records import CRITERIA, Criterion, Generation

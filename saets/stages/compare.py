@@ -11,20 +11,20 @@ from typing import NamedTuple
 
 import polars as pl
 
-from saets.battles import BattleTables, battle_tables
 from saets.checks import check_goals
-from saets.config import settings_hash
 from saets.errors import InputError, unknown
-from saets.goal import COHERENCE, Goal
+from saets.experiment.config import settings_hash
+from saets.experiment.goal import COHERENCE, Goal
 from saets.judge.battle import BATTLE_VERSION, TIE_BAND, AskedBattles, compare_scores, has_answer
 from saets.judge.choice import judge_name
 from saets.judge.openai import OpenAIJudge
 from saets.records import CRITERIA, UNSTEERED, Battle, BattleItem, Criterion, Generation, content_id
-from saets.rows import battle_rows
+from saets.run_folder.rows import battle_rows
+from saets.run_folder.store import Appender
+from saets.scores.battles import BattleTables, battle_tables
 from saets.stages.evaluate import grade_settings
 from saets.stages.results import graded_texts, read_outcome, write_results, write_table
 from saets.stages.session import Session
-from saets.store import Appender
 
 Fight = Callable[[Goal, BattleItem, Generation, Generation], Awaitable[Battle]]
 

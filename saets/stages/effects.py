@@ -12,17 +12,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from saets.config import BASELINE, Effects
 from saets.distributed import effects as distributed
 from saets.distributed.rollcall import actors_alive, open_board
-from saets.effects import Failure, Measurement, effect_of
+from saets.effects.pending import Pending, id_numbers
+from saets.effects.worker import Failure, Measurement, effect_of
 from saets.errors import InputError
+from saets.experiment.config import BASELINE, Effects
 from saets.model import model_shape
-from saets.pending import Pending, id_numbers
-from saets.rows import baseline_rows, effect_rows, failure_rows, measurement_rows, measurements_of, shared_baseline
-from saets.shipped import check_weights
+from saets.run_folder.rows import baseline_rows, effect_rows, failure_rows, measurement_rows, measurements_of, shared_baseline
+from saets.run_folder.shipped import check_weights
+from saets.run_folder.store import Appender, RunFolder, Table, read_shard
 from saets.stages.session import Session
-from saets.store import Appender, RunFolder, Table, read_shard
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from typing import Any
 import polars as pl
 
 from saets.checks import check_goals
-from saets.config import Experiment, settings_hash
 from saets.distributed.pool import Call, PooledJudge
 from saets.engine.sampling import row_seed
-from saets.experiment import model_settings, sampling_settings
+from saets.experiment.config import Experiment, settings_hash
+from saets.experiment.goal import COHERENCE, Goal
+from saets.experiment.loading import model_settings, sampling_settings
 from saets.generation import texts_per_batch
-from saets.goal import COHERENCE, Goal
 from saets.judge import Judge
 from saets.judge.calls import CallLog, read_calls
 from saets.judge.choice import judge_name
@@ -27,12 +27,12 @@ from saets.judge.failures import Failures
 from saets.judge.openai import OpenAIJudge
 from saets.judge.wording import VERSIONS
 from saets.records import CRITERIA, UNSTEERED, Generation, GenerationItem, content_id
-from saets.rows import generation_rows, grade_rows
+from saets.run_folder.rows import generation_rows, grade_rows
+from saets.run_folder.store import Appender, RunFolder, Table
 from saets.stages.session import Session
 from saets.stages.stream import Workers, written_and_graded
 from saets.stages.vectors import Pair, read_vectors
-from saets.store import Appender, RunFolder, Table
-from saets.vector import SteeringVector
+from saets.vector.vector import SteeringVector
 
 GRADE_BATCH = 32
 """Completions that an actor grades in one call."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from saets.config import Fit, settings_hash
 from saets.distributed import fit as distributed
 from saets.errors import InputError
-from saets.experiment import effect_settings
-from saets.measured import MeasuredRows
-from saets.shipped import summed_rows
+from saets.experiment.config import Fit, settings_hash
+from saets.experiment.loading import effect_settings
+from saets.run_folder.measured import MeasuredRows
+from saets.run_folder.shipped import summed_rows
 from saets.stages.pull import stands_in, use_published_effects
 from saets.stages.session import Session
 

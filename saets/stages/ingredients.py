@@ -12,21 +12,21 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from saets import methods
-from saets.approximator import EffectApproximator
-from saets.config import LOSS_RULES
-from saets.contrast import MAINLY_EARLY
 from saets.distributed.pool import Call
 from saets.errors import InputError
-from saets.experiment import model_settings
-from saets.goal import Features, Goal, goal_features
+from saets.experiment.config import LOSS_RULES
+from saets.experiment.goal import Features, Goal, goal_features
+from saets.experiment.loading import model_settings
+from saets.features.contrast import MAINLY_EARLY
+from saets.files.tensors import read_tensors
+from saets.fit.approximator import EffectApproximator
+from saets.methods import formulas as methods
+from saets.methods.rotation import procrustes
 from saets.model import model_shape
-from saets.rotation import procrustes
+from saets.run_folder.store import RunFolder
 from saets.sae import load_sae
 from saets.shapes import Float
 from saets.stages.session import Session
-from saets.store import RunFolder
-from saets.tensors import read_tensors
 
 READ_BY_ACTORS = {
     "positive": ("contrast",),

@@ -7,12 +7,12 @@ import asyncio
 import polars as pl
 
 from saets.distributed.pool import Call
-from saets.measures import Measures
 from saets.records import Generation
-from saets.rows import measures_rows
+from saets.run_folder.rows import measures_rows
+from saets.run_folder.store import Appender
+from saets.scores.measures import Measures
 from saets.stages.evaluate import wanted_generations
 from saets.stages.session import Session
-from saets.store import Appender
 
 TEXTS_AT_ONCE = 256
 """Completions in one call."""

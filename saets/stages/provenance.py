@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from saets import methods
-from saets.config import LOSS_RULES
 from saets.distributed.pool import Call
 from saets.engine.calibration import ONSET, ScaleRange
-from saets.goal import Goal, goal_features
+from saets.experiment.config import LOSS_RULES
+from saets.experiment.goal import Goal, goal_features
+from saets.files.storage import shareable
+from saets.methods import formulas as methods
 from saets.stages.ingredients import made_from
 from saets.stages.session import Session
-from saets.storage import shareable
-from saets.vector import SteeringVector
+from saets.vector.vector import SteeringVector
 
 
 def provenance(session: Session, goal: Goal, method: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from saets import hub, published
-from saets.approximator import EffectApproximator
-from saets.config import Experiment, Published, settings_hash
-from saets.effects import Measurement
+from saets.effects.worker import Measurement
 from saets.engine.calibration import Calibration
 from saets.errors import InputError
+from saets.experiment.config import Experiment, Published, settings_hash
+from saets.files.tensors import read_header, write_tensors
+from saets.fit.approximator import EffectApproximator
+from saets.hub import client as hub
+from saets.hub import published
 from saets.model import model_shape
 from saets.records import VectorItem, unit, vector_id
-from saets.rows import Baseline, effect_rows
+from saets.run_folder.rows import Baseline, effect_rows
+from saets.run_folder.store import RunFolder
 from saets.sae import load_sae, sae_width
 from saets.stages.session import Session
-from saets.store import RunFolder
-from saets.tensors import read_header, write_tensors
 
 logger = logging.getLogger(__name__)
 

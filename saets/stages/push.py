@@ -12,15 +12,15 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from saets import hub
-from saets.card import FILES, FOLDERS, card
-from saets.config import Experiment
 from saets.errors import InputError
-from saets.experiment import load_experiment
-from saets.progress import Progress
-from saets.storage import Location, Where, shareable
-from saets.store import RunFolder
-from saets.tensors import read_tensors
+from saets.experiment.config import Experiment
+from saets.experiment.loading import load_experiment
+from saets.files.storage import Location, Where, shareable
+from saets.files.tensors import read_tensors
+from saets.hub import client as hub
+from saets.hub.card import FILES, FOLDERS, card
+from saets.run_folder.store import RunFolder
+from saets.terminal.progress import Progress
 
 REPLACED = tuple(f"{folder}/" for folder in FOLDERS)
 """What a later push replaces as a whole."""

@@ -8,17 +8,19 @@ from typing import NamedTuple
 
 import polars as pl
 
-from saets import plots, results, results_page
-from saets.agreement import agreement_table
-from saets.battles import battle_tables
+from saets import plots
 from saets.checks import check_goals
-from saets.config import settings_hash
 from saets.errors import InputError
+from saets.experiment.config import settings_hash
+from saets.files.storage import Location
 from saets.records import UNSTEERED
+from saets.scores import page as results_page
+from saets.scores import results
+from saets.scores.agreement import agreement_table
+from saets.scores.battles import battle_tables
+from saets.scores.summary import Summary, summarise
 from saets.stages.evaluate import grade_settings, wanted_generations
 from saets.stages.session import Session
-from saets.storage import Location
-from saets.summary import Summary, summarise
 
 
 class Outcome(NamedTuple):
@@ -33,7 +35,7 @@ class Outcome(NamedTuple):
 
     @property
     def summary(self) -> pl.DataFrame:
-        """One row a goal and method; see `saets.summary.summary_table`."""
+        """One row a goal and method; see `saets.scores.summary.summary_table`."""
         return self.compared.methods
 
     @property

@@ -6,14 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from saets.config import Experiment
 from saets.distributed.cluster import Cluster
 from saets.distributed.pool import SteeringPool
-from saets.experiment import effect_settings
-from saets.progress import Progress, Silent
-from saets.shipped import shipped_effects
-from saets.storage import Where
-from saets.store import RunFolder
+from saets.experiment.config import Experiment
+from saets.experiment.loading import effect_settings
+from saets.files.storage import Where
+from saets.run_folder.shipped import shipped_effects
+from saets.run_folder.store import RunFolder
+from saets.terminal.progress import Progress, Silent
 
 
 @dataclass(frozen=True)

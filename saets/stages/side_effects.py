@@ -10,16 +10,16 @@ import polars as pl
 from numpy.typing import NDArray
 
 from saets.checks import check_goals
-from saets.config import settings_hash
 from saets.distributed.pool import Call
-from saets.disturbance import Shift, shift_of
-from saets.effects import Failure, Measurement, baseline_items, vectors_per_batch
+from saets.effects.worker import Failure, Measurement, baseline_items, vectors_per_batch
 from saets.errors import InputError
-from saets.experiment import effect_settings
-from saets.goal import Goal, goal_features
+from saets.experiment.config import settings_hash
+from saets.experiment.goal import Goal, goal_features
+from saets.experiment.loading import effect_settings
 from saets.model import model_shape
 from saets.records import VectorItem, content_id
-from saets.rows import measured_baseline, shared_baseline, side_effect_rows
+from saets.run_folder.rows import measured_baseline, shared_baseline, side_effect_rows
+from saets.scores.disturbance import Shift, shift_of
 from saets.stages.effects import recorded_rows
 from saets.stages.results import read_outcome, write_results, write_table
 from saets.stages.session import Session

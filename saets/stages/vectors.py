@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from saets import methods
 from saets.checks import check_goals
-from saets.config import settings_hash
 from saets.errors import InputError
-from saets.goal import Goal
+from saets.experiment.config import settings_hash
+from saets.experiment.goal import Goal
+from saets.methods import formulas as methods
 from saets.stages.ingredients import Ingredients, Shared, made_from, read_texts
 from saets.stages.provenance import provenance, recommended_scales
 from saets.stages.pull import stands_in, use_published, use_published_rotation
 from saets.stages.session import Session
-from saets.vector import SteeringVector
+from saets.vector.vector import SteeringVector
 
 Pair = tuple[str, str]
 """(goal id, method id)"""

@@ -8,7 +8,7 @@ from typing import Any
 
 from assets import measuring, passages
 from assets.parts import Build
-from saets.experiment import load_experiment
+from saets.experiment.loading import load_experiment
 
 WIDTH = 130
 

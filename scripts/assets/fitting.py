@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saets.approximator import Moments, RidgePath, choose_penalty
-from saets.effects import Measurement, effect_of
-from saets.held_out import HeldOutScores
-from saets.rows import Baseline
+from saets.effects.worker import Measurement, effect_of
+from saets.fit.approximator import Moments, RidgePath, choose_penalty
+from saets.fit.held_out import HeldOutScores
+from saets.run_folder.rows import Baseline
 
 
 def moments_of(rows: Sequence[Measurement], baseline: Baseline) -> Moments:

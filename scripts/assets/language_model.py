@@ -57,6 +57,6 @@ def load_tokenizer(build: Build) -> Any:
 
 
 def _spec(build: Build) -> Any:
-    from saets.model_config import Model
+    from saets.experiment.model_config import Model
 
     return Model(name=build.settings.subject.model, loader="gguf")

@@ -22,15 +22,15 @@ from assets.parts import Build, Need, Progress, digest, whole
 from assets.plain_sae import PlainSae
 from assets.settings import Settings
 from saets import sae
-from saets.config import BASELINE, Experiment, packaged
-from saets.effects import EffectWorker, Failure, Measurement, baseline_items, rollouts_per_vector
+from saets.effects.sources import vector_items
+from saets.effects.worker import EffectWorker, Failure, Measurement, baseline_items, rollouts_per_vector
 from saets.engine.calibration import Calibration, Calibrator
 from saets.errors import InputError
-from saets.experiment import effect_settings, load_experiment
+from saets.experiment.config import BASELINE, Experiment, packaged
+from saets.experiment.loading import effect_settings, load_experiment
 from saets.hooks import layer_of
 from saets.records import VectorItem, vector_id
-from saets.rows import measurement_rows, measurements_of
-from saets.sources import vector_items
+from saets.run_folder.rows import measurement_rows, measurements_of
 
 PRESET = "smollm2"
 

@@ -18,15 +18,15 @@ import pyarrow.parquet as pq
 from assets import description, measuring
 from assets.fitting import held_out_report, moments_of
 from assets.parts import Build, whole
-from saets.config import BASELINE, PRESETS, Experiment
-from saets.effects import Measurement, effect_of
+from saets.effects.worker import Measurement, effect_of
 from saets.errors import InputError
-from saets.experiment import effect_settings, load_experiment
-from saets.held_out import is_held_out
+from saets.experiment.config import BASELINE, PRESETS, Experiment
+from saets.experiment.loading import effect_settings, load_experiment
+from saets.fit.held_out import is_held_out
 from saets.model import load_model, weights_hash
-from saets.rows import Baseline, baseline_rows, effect_rows, shared_baseline
+from saets.run_folder.rows import Baseline, baseline_rows, effect_rows, shared_baseline
+from saets.run_folder.store import RunFolder, Table, versions
 from saets.sae import load_sae
-from saets.store import RunFolder, Table, versions
 
 PLACE = PRESETS / measuring.PRESET
 

@@ -20,12 +20,12 @@ from assets.fitting import held_out_report, moments_of
 from assets.language_model import load_tokenizer
 from assets.parts import Build, Need
 from assets.settings import Settings
-from saets.config import BASELINE, Experiment
-from saets.effects import Measurement
+from saets.effects.worker import Measurement
 from saets.engine.calibration import Calibration
 from saets.errors import InputError
-from saets.held_out import is_held_out
-from saets.rows import Baseline, measured_baseline
+from saets.experiment.config import BASELINE, Experiment
+from saets.fit.held_out import is_held_out
+from saets.run_folder.rows import Baseline, measured_baseline
 from saets.tokens import encode
 
 HELD_OUT = 0.2

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from saets.prompts import PAPER_PROMPTS
+from saets.experiment.prompts import PAPER_PROMPTS
 
 TOPICS = """
 London; the British royal family; the Tower of London; a trip to England; Scotland and Wales; Paris; New York; Tokyo; India;

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from saets.experiment.model_config import RandomWeights
 from saets.model import random_llama
-from saets.model_config import RandomWeights
 
 
 @pytest.fixture(scope="session")

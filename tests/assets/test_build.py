@@ -25,15 +25,15 @@ from assets.parts import Build
 from assets.plain_sae import PlainSae
 from assets.settings import Settings
 
-from saets.approximator import Moments
 from saets.cli import main
 from saets.distributed.cluster import Cluster
-from saets.evidence import evidence
-from saets.experiment import load_experiment
-from saets.fitted import fitted
+from saets.experiment.loading import load_experiment
+from saets.fit.approximator import Moments
+from saets.forecast.evidence import evidence
+from saets.run_folder.fitted import fitted
+from saets.run_folder.store import RunFolder
 from saets.stages.effects import measure_effects
 from saets.stages.session import Session
-from saets.store import RunFolder
 
 WORDS = ("stone", "river", "lamp", "under", "often", "green", "seven", "walked", "because", "honest")
 LAYER = 1

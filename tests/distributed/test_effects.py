@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from saets.config import Experiment
 from saets.distributed.cluster import Cluster
 from saets.distributed.effects import EffectActor, measure
-from saets.effects import EffectWorker, Failure, Measurement, baseline_items
+from saets.effects.pending import Pending
+from saets.effects.worker import EffectWorker, Failure, Measurement, baseline_items
 from saets.errors import InputError
-from saets.experiment import load_experiment
-from saets.pending import Pending
+from saets.experiment.config import Experiment
+from saets.experiment.loading import load_experiment
 from saets.records import VectorItem
 
 pytestmark = pytest.mark.ray

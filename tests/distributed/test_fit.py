@@ -19,18 +19,18 @@ import pytest
 import ray.train
 import torch
 
-from saets.approximator import Moments, RidgePath
-from saets.config import Execution, Fit
 from saets.distributed.cluster import Cluster
 from saets.distributed.fit import FitResult, Outcome, fit, train
 from saets.distributed.shards import Shards
 from saets.distributed.together import agreeing
 from saets.errors import InputError
-from saets.held_out import is_held_out
-from saets.measured import MeasuredRows
+from saets.experiment.config import Execution, Fit
+from saets.files.storage import Location, locate
+from saets.fit.approximator import Moments, RidgePath
+from saets.fit.held_out import is_held_out
+from saets.run_folder.measured import MeasuredRows
+from saets.run_folder.store import Table
 from saets.stages.fit import fit_settings
-from saets.storage import Location, locate
-from saets.store import Table
 
 pytestmark = pytest.mark.ray
 

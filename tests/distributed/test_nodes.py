@@ -9,12 +9,12 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
-from saets.config import Experiment
 from saets.distributed.cluster import Cluster
 from saets.distributed.effects import measure
-from saets.effects import EffectWorker, Failure, Measurement
-from saets.experiment import load_experiment
-from saets.pending import Pending
+from saets.effects.pending import Pending
+from saets.effects.worker import EffectWorker, Failure, Measurement
+from saets.experiment.config import Experiment
+from saets.experiment.loading import load_experiment
 
 pytestmark = pytest.mark.ray
 

@@ -10,7 +10,7 @@ import ray
 
 from saets.distributed import rollcall
 from saets.distributed.cluster import Cluster
-from saets.experiment import load_experiment
+from saets.experiment.loading import load_experiment
 
 
 def test_an_actor_counts_until_it_has_been_silent_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from saets.calibration_text import calibration_tokens
-from saets.config import Effects
-from saets.effects import scale_rule
+from saets.effects.calibration_text import calibration_tokens
+from saets.effects.worker import scale_rule
 from saets.engine import reference
 from saets.engine.bridge import BridgeDecoder
 from saets.engine.calibration import Calibrator, ScaleRule, _Search
 from saets.engine.choice import decoder_for
 from saets.errors import InputError
+from saets.experiment.config import Effects
 
 HOOK = "blocks.2.hook_resid_post"
 LENGTH = 16

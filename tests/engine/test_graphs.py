@@ -12,7 +12,7 @@ from saets.engine.batch import Row
 from saets.engine.graphs import StepGraphs
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
-from saets.positions import Positions
+from saets.vector.positions import Positions
 
 HOOK = "blocks.2.hook_resid_post"
 
@@ -64,8 +64,8 @@ def test_another_shape_or_encoder_takes_new_tensors(tiny: Any) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_recorded_steps_give_the_same_texts_and_sums_as_steps_that_run() -> None:
+    from saets.experiment.model_config import Model
     from saets.model import load_model
-    from saets.model_config import Model
 
     model = load_model(Model(name="tiny", loader="random", dtype="float32", device="cuda"))
     plain, graphed = RolloutEngine(model, HOOK, top_k=20), RolloutEngine(model, HOOK, top_k=20)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from saets.config import Experiment
-from saets.effects import EffectWorker, Measurement, describe, rows_per_step
+from saets.effects.sources import vector_items
+from saets.effects.worker import EffectWorker, Measurement, describe, rows_per_step
 from saets.engine import machine
 from saets.engine.bridge import BridgeDecoder
 from saets.engine.plain import PlainDecoder
 from saets.engine.rollout import RolloutEngine
-from saets.experiment import load_experiment
-from saets.sources import vector_items
+from saets.experiment.config import Experiment
+from saets.experiment.loading import load_experiment
 
 PIN = ["model.dtype=float32", "model.device=cpu"]
 HOOK = "blocks.2.hook_resid_post"
@@ -57,7 +57,7 @@ def test_a_step_has_whole_vectors_where_one_fits(rows: int, rollouts: int, expec
 
 
 def test_auto_takes_whole_vectors_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saets.effects.rows_that_fit", lambda *_, **__: 31)
+    monkeypatch.setattr("saets.effects.worker.rows_that_fit", lambda *_, **__: 31)
     assert EffectWorker(load_experiment("tiny", [*PIN, "execution.rows='auto'"])).rows == 24
     assert EffectWorker(load_experiment("tiny", [*PIN, "execution.rows='auto'"]), rows=36).rows == 36
     assert EffectWorker(load_experiment("tiny", [*PIN, "execution.rows=13"])).rows == 12

@@ -14,7 +14,7 @@ from saets.engine.plain import PlainDecoder
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed, sample_top_k
 from saets.errors import InputError
-from saets.positions import Positions
+from saets.vector.positions import Positions
 
 HOOK = "blocks.2.hook_resid_post"
 LENGTH = 14

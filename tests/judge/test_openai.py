@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from chat_server import KEY, Answer, Server, fails, says
 
-from saets.config import JudgeSettings
 from saets.errors import InputError
-from saets.goal import COHERENCE, Goal, load_goal
+from saets.experiment.config import JudgeSettings
+from saets.experiment.goal import COHERENCE, Goal, load_goal
 from saets.judge import pace
 from saets.judge.openai import OpenAIJudge
 from saets.judge.scores import LOWEST

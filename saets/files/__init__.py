@@ -1,0 +1,1 @@
+"""Files: paths and object stores alike, one writer a folder, tensors."""

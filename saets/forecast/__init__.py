@@ -1,0 +1,1 @@
+"""Effects predicted before anything is generated, and what stands behind a prediction."""

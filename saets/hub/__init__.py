@@ -1,0 +1,1 @@
+"""The Hugging Face hub, the files that the method's authors published there, and the card of a pushed run."""

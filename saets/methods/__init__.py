@@ -1,0 +1,1 @@
+"""The steering formulas and the mathematics that they share."""

@@ -1,0 +1,1 @@
+"""From grades and texts to scores, intervals, winners and figures that need no judge."""
