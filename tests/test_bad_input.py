@@ -10,7 +10,7 @@ import pytest
 from saets import model, sae
 from saets.cli import main
 from saets.experiment.config import Experiment
-from tests.test_goal import goal_file
+from tests.experiment.test_goal import goal_file
 
 TINY = ["run", "tiny"]
 

@@ -25,7 +25,7 @@ from saets.stages.session import Session
 from saets.terminal.progress import Silent
 from saets.tokens import encode
 from saets.vector.vector import SteeringVector
-from tests.test_goal import goal_file
+from tests.experiment.test_goal import goal_file
 
 
 def exchanges(what: str) -> list[dict[str, str]]:

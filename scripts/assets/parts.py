@@ -83,7 +83,7 @@ class Build:
         return found
 
     def to_make(self, names: Sequence[str]) -> list[str]:
-        """The parts and those that they need, in order, without what is made.
+        """The parts and those that they need, in order, without what is made and what only that needed.
 
         Raises:
             InputError: an unknown part.
@@ -94,13 +94,14 @@ class Build:
         wanted: dict[str, None] = {}
 
         def want(name: str) -> None:
-            for before in self.parts[name].after:
-                want(before)
-            wanted[name] = None
+            if not self.is_made(name):
+                for before in self.parts[name].after:
+                    want(before)
+                wanted[name] = None
 
         for name in names:
             want(name)
-        return [name for name in wanted if not self.is_made(name)]
+        return list(wanted)
 
     def make(self, names: Sequence[str]) -> None:
         """Make the parts and what they need.
