@@ -34,8 +34,8 @@ from saets.run_folder.rows import measurement_rows, measurements_of
 
 PRESET = "smollm2"
 
-FILE_VECTORS = 64
-"""Vectors measured together, and kept in one file."""
+FILE_TOKENS = 54_000
+"""Of the rollouts that are measured together and kept in one file, which is what a kill costs: a minute or two of two cores."""
 
 
 def need(settings: Settings) -> Need:
@@ -132,11 +132,12 @@ def measure(build: Build, experiment: Experiment, folder: Path, known: dict[str,
         if known is not None:
             worker.calibrator = Remembering(worker.calibrator, known)
         progress = Progress("effects, vectors", len(wanted), len(wanted) - len(items))
-    for number, start in enumerate(range(0, len(items), FILE_VECTORS), start=len(files)):
-        found = _only_measurements(worker.measure(items[start : start + FILE_VECTORS]))
+    at_once = max(1, FILE_TOKENS // (rollouts_per_vector(settings) * settings.length))
+    for number, start in enumerate(range(0, len(items), at_once), start=len(files)):
+        found = _only_measurements(worker.measure(items[start : start + at_once]))
         path = folder / f"measured-{number:06d}.parquet"
         whole(path, lambda path, found=found: pq.write_table(measurement_rows(found), path))
-        progress.at(len(wanted) - len(items) + start + FILE_VECTORS)
+        progress.at(len(wanted) - len(items) + start + at_once)
     return str(engine.dtype).removeprefix("torch.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -35,6 +36,10 @@ DEAD_TOKENS = 150_000
 
 SCALING_BATCHES = 20
 """Batches from which the mean norm of a residual is estimated."""
+
+JUMPRELU = {"jumprelu_init_threshold": 0.25, "jumprelu_bandwidth": 0.2, "jumprelu_ste_to_input": True}
+"""Adam moves a threshold by about lr a step at most, so it has to begin near where it ends: from SAELens' 0.01 it gets nowhere
+in some thousand steps, and every latent stays on."""
 
 
 def need(settings: Settings) -> Need:
@@ -102,14 +107,19 @@ def trained(build: Build, training: Training, folder: Path) -> dict[str, Any]:
         loaded: Any = SAE.load_from_disk(str(folder / "sae"), device=device).float()
     facts = quality.of(build, loaded, training.layer, held_out)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return {"layer": training.layer, "tokens": training.tokens // training.batch * training.batch, **facts}
+    return {"layer": training.layer, "tokens": _steps(training) * training.batch, **facts}
+
+
+def _steps(training: Training) -> int:
+    """As many whole batches as hold the tokens asked for."""
+    return math.ceil(training.tokens / training.batch)
 
 
 def _train(build: Build, training: Training, folder: Path, files: Sequence[Path], device: str) -> None:
     from sae_lens import SAETrainer
     from sae_lens.config import SAETrainerConfig
 
-    steps = training.tokens // training.batch
+    steps = _steps(training)
     torch.manual_seed(build.settings.subject.seed)
     mean = _mean(files)
     making = _training_sae(training, len(mean), device, steps)
@@ -210,7 +220,7 @@ def _training_sae(training: Training, d_in: int, device: str, steps: int) -> Any
         return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=training.k, **sizes))
     if training.kind == "jumprelu":
         sparse: dict[str, Any] = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(training.k)}
-        return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(l0_warm_up_steps=steps // 5, **sparse, **sizes))
+        return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(l0_warm_up_steps=steps // 5, **JUMPRELU, **sparse, **sizes))
     raise unknown("kind of SAE", training.kind, KINDS)
 
 

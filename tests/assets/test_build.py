@@ -195,6 +195,15 @@ def test_the_plain_reader_gives_saelens_activations(build: Build, tmp_path: Path
     assert torch.allclose(ours.decode(ours.encode(x)), theirs.decode(theirs.encode(x)), atol=1e-3)
 
 
+def test_jumprelu_comes_near_the_latents_it_is_told_to_reach(build: Build, tmp_path: Path) -> None:
+    facts = training.trained(build, replace(build.settings.training, kind="jumprelu"), tmp_path)
+    assert 4 < facts["l0"] < 16, "told to reach 8 of 64"
+
+
+def test_an_sae_is_trained_on_no_fewer_tokens_than_asked_for(build: Build, tmp_path: Path) -> None:
+    assert training.trained(build, replace(build.settings.training, tokens=2049), tmp_path)["tokens"] == 2048 + 256
+
+
 def test_an_sae_whose_figures_were_not_taken_is_not_trained_again(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,14 @@ def test_a_part_is_made_once_and_after_what_it_needs(workshop: Workshop) -> None
     assert workshop.build("sae") == ["text", "streams", "sae"]
     assert workshop.build() == ["apart"]
     assert workshop.build() == []
+
+
+def test_what_a_part_was_made_of_may_be_gone(workshop: Workshop) -> None:
+    workshop.build("sae")
+    (streams,) = workshop.work.glob("streams-*")
+    shutil.rmtree(streams)
+    assert workshop.build("sae") == []
+    assert workshop.build("streams", "sae") == ["streams"]
 
 
 def test_a_changed_setting_remakes_what_depends_on_it_and_one_changed_back_nothing(workshop: Workshop) -> None:
