@@ -6,8 +6,9 @@ from saets.stages.effects import measure_effects
 from saets.stages.evaluate import check_cost, evaluate
 from saets.stages.fit import fit_approximator
 from saets.stages.measures import measure_completions
+from saets.stages.plot import write_plots
 from saets.stages.pull import stands_in, use_published
-from saets.stages.results import write_plots, write_results
+from saets.stages.results import write_results
 from saets.stages.session import Session
 from saets.stages.vectors import build_vectors
 

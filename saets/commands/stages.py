@@ -46,7 +46,24 @@ def add(commands: Commands) -> None:
             metavar="USD",
             help="what the judge's calls of this command may cost; by default no limit",
         )
-    add_command(commands, "plot", _plot, "draw the plots of what is graded")
+    plot = add_command(commands, "plot", _plot, "draw the plots of what is measured and graded")
+    plot.add_argument("--goal", action="append", default=[], dest="goals", help="draw this goal alone; may be repeated")
+    plot.add_argument("--method", action="append", default=[], dest="methods", help="draw this method alone; may be repeated")
+    plot.add_argument(
+        "--size",
+        choices=("screen", "page", "column"),
+        default="screen",
+        help="for a screen, or 6.75 or 3.25 inches wide for a paper, with letters of 6.5 to 8 points and no title",
+    )
+    plot.add_argument(
+        "--format",
+        choices=("html", "svg", "png", "pdf"),
+        action="append",
+        default=[],
+        dest="formats",
+        help="may be repeated; by default html, svg and png",
+    )
+    plot.add_argument("--to", metavar="FOLDER", help="where to write them (path or URI); by default plots/ in the run folder")
     add_command(commands, "doctor", _doctor, "check that hooks, logits and effects are what the method takes for granted")
     pull = add_command(commands, "pull", _pull, "fetch the published files that an experiment names into its run folder")
     pull.add_argument("--effects", action="store_true", help="also the measured effects, which may take gigabytes")
@@ -172,11 +189,18 @@ def _dollars(text: str) -> float:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from saets.stages.results import write_plots
+    from saets.plots import DEFAULT_FORMATS, SIZES
+    from saets.stages.plot import Wanted, write_plots
 
+    wanted = Wanted(
+        options.goals,
+        options.methods,
+        SIZES[options.size],
+        options.formats or DEFAULT_FORMATS,
+        locate(options.to) if options.to else None,
+    )
     with session_of(options) as session:
-        write_plots(session)
-        show_path("plots", session.run.path / "plots")
+        show_path("plots", write_plots(session, wanted))
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -193,11 +217,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _show_outcome(session: Session) -> None:
-    from saets import plots
     from saets.judge.failures import most_frequent
+    from saets.plots.looks import display_names
     from saets.stages.results import graded_texts, read_outcome, samples
 
-    names = plots.display_names()
+    names = display_names()
     outcome = read_outcome(session)
     table = Table("goal", "method", "score", "95% interval", "", "scale", "optimistic max", box=None, pad_edge=False)
     for row in outcome.scores.iter_rows(named=True):

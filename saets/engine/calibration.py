@@ -72,6 +72,8 @@ class ScaleRange(NamedTuple):
     """Scale at which the loss has risen by `ONSET` of what it rises by at `high.scale`; NaN where it does not rise."""
     high: Calibration
     """The calibrated scale."""
+    losses: tuple[tuple[float, float], ...]
+    """Scales at which the loss was measured on the way, ascending from 0, and the losses that were finite."""
 
 
 class Calibrator:
@@ -137,25 +139,34 @@ class Calibrator:
         the grid point before. Never extrapolated: a target that is not reached gives the grid's end, `capped`. The search
         `bracket` takes the loss to rise with the scale, and then finds the same two points in fewer passes.
         """
+        return [found for found, _ in self._calibrated(directions)]
+
+    def _calibrated(self, directions: Sequence[Float[Tensor, " d_model"]]) -> list[tuple[Calibration, dict[float, float]]]:
+        """The scale of each unit vector, and the losses measured for it by scale."""
         if not directions:
             return []
         if self.rule.fixed_scale is not None:
             scale = self.rule.fixed_scale
-            found = self.losses([(direction, scale) for direction in directions])
-            return [_finite(Calibration(scale, loss, "fixed"), scale) for loss in found]
+            losses = self.losses([(direction, scale) for direction in directions])
+            known = {0.0: self.unsteered_loss}
+            return [(_finite(Calibration(scale, loss, "fixed"), scale), {**known, scale: loss}) for loss in losses]
         searches = [_Search(self.rule, self.unsteered_loss, self.target, self._first) for _ in directions]
-        return self._found(searches, directions)
+        return [(found, search.losses()) for found, search in zip(self._found(searches, directions), searches, strict=True)]
 
     def ranges(self, directions: Sequence[Float[Tensor, " d_model"]]) -> list[ScaleRange]:
         """The scales between which each unit vector is of use.
 
         The onset is where the loss crosses `ONSET` of the calibrated rise, on the line between two of `ONSET_GRID` steps.
         """
-        highs = self.calibrate(directions)
+        calibrated = self._calibrated(directions)
+        highs, losses = [found for found, _ in calibrated], [measured for _, measured in calibrated]
         rising = [i for i, high in enumerate(highs) if high.loss > self.unsteered_loss and high.scale > 0]
         searches = [self._onset(highs[i]) for i in rising]
         lows = dict(zip(rising, self._found(searches, [directions[i] for i in rising]), strict=True))
-        return [ScaleRange(lows[i].scale if i in lows else math.nan, high) for i, high in enumerate(highs)]
+        for i, search in zip(rising, searches, strict=True):
+            losses[i] |= search.losses()
+        finite = [tuple(sorted(pair for pair in measured.items() if math.isfinite(pair[1]))) for measured in losses]
+        return [ScaleRange(lows[i].scale if i in lows else math.nan, high, finite[i]) for i, high in enumerate(highs)]
 
     def _onset(self, high: Calibration) -> _Search:
         """The search for where the loss has risen by a share of what it rises by at a calibrated scale."""
@@ -184,6 +195,10 @@ class _Search:
     def take(self, scale: float, loss: float) -> None:
         """A measured loss; one that is not finite counts as beyond the target."""
         self._losses[self._grid.index(scale)] = loss if math.isfinite(loss) else math.inf
+
+    def losses(self) -> dict[float, float]:
+        """What has been measured, by scale."""
+        return {self._grid[i]: loss for i, loss in self._losses.items()}
 
     def _bracket(self) -> tuple[int, int]:
         """The highest measured point from which the loss has not exceeded the target, and the lowest above it that has."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,16 +92,56 @@ def evidence(run: RunFolder, experiment: Experiment, fit: Fitted) -> Evidence:
     Raises:
         InputError: the rows are not known, or no longer those of the fit, or the fit is not the exact one.
     """
-    report = fit.report
+    known = _known_rows(run, experiment, fit)
+    if fit.report.get("solver") != "ridge":
+        raise InputError("the leverage of a vector is known for the exact fit alone (fit.solver = 'ridge')")
+    leverage, vector_ids, scored = _exact_fit(known, experiment, fit.report)
+    mean = fit.approximator.M.T @ leverage.mean.float() + fit.approximator.b
+    parts = [_scores(batch, fit.approximator, leverage, mean, experiment.fit.capped_weight) for batch in scored]
+    leverages, squares, cosines = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    order = leverages.argsort()
+    return Evidence(leverage, mean, vector_ids, leverages[order], squares[order], cosines[order])
+
+
+def left_out_effects(
+    run: RunFolder, experiment: Experiment, fit: Fitted
+) -> Iterator[tuple[Float[Tensor, "vectors d_sae"], Float[Tensor, "vectors d_sae"]]]:
+    """Predicted and measured effects of vectors that were held out, `MOST_SCORED` at most, some at a time.
+
+    The exact fit is of all rows in the end, so each vector is left out of it in its turn; Adam's never saw them.
+
+    Raises:
+        InputError: the rows are not known, or no longer those of the fit.
+    """
+    known = _known_rows(run, experiment, fit)
+    if fit.report.get("solver") == "ridge":
+        leverage, _, held_out = _exact_fit(known, experiment, fit.report)
+        for batch in held_out:
+            _, _, error = _errors(batch, fit.approximator, leverage, experiment.fit.capped_weight)
+            yield batch.effects.float() - error, batch.effects.float()
+        return
+    for batch in known.rows.batches():
+        some = _held_out(batch, experiment, known)
+        yield fit.approximator.predict(some.vectors), some.effects.float()
+
+
+def _known_rows(run: RunFolder, experiment: Experiment, fit: Fitted) -> KnownRows:
     if "published" in fit.approximator.provenance:
         raise InputError("the approximator was published without the vectors that it was fitted to")
-    if report.get("solver") != "ridge":
-        raise InputError("the leverage of a vector is known for the exact fit alone (fit.solver = 'ridge')")
-    if "effects_from" in report:
-        known = KnownRows(MeasuredRows.of([run.published_effects]), None)
-    else:
-        known = KnownRows.of(run, shipped_effects(experiment) if report.get("rows_shipped") else None)
+    if "effects_from" in fit.report:
+        return KnownRows(MeasuredRows.of([run.published_effects]), None)
+    return KnownRows.of(run, shipped_effects(experiment) if fit.report.get("rows_shipped") else None)
+
+
+def _held_out(batch: RowBatch, experiment: Experiment, known: KnownRows) -> RowBatch:
     share = min(experiment.fit.held_out, MOST_SCORED / len(known))
+    return batch.some(torch.from_numpy(is_held_out(batch.vector_ids, experiment.seed, share)))
+
+
+def _exact_fit(
+    known: KnownRows, experiment: Experiment, report: Mapping[str, Any]
+) -> tuple[Leverage, frozenset[str], list[RowBatch]]:
+    """Sums of the rows, which they are, and those held out; `report` is what is known of the fit."""
     sums = known.sums.moments if known.sums else None
     n, total, gram = (sums.n.item(), sums.x.clone(), sums.xx.clone()) if sums else (0.0, *_zeros(known.rows.d_model))
     rows, ids, scored = (int(sums.rows.item()) if sums else 0), set(known.sums.vector_ids if known.sums else ()), []
@@ -111,31 +152,34 @@ def evidence(run: RunFolder, experiment: Experiment, fit: Fitted) -> Evidence:
         total += weight @ x
         gram += (weight[:, None] * x).T @ x
         ids |= set(batch.vector_ids)
-        scored.append(batch.some(torch.from_numpy(is_held_out(batch.vector_ids, experiment.seed, share))))
+        scored.append(_held_out(batch, experiment, known))
     if rows != report["rows_train"] + report["rows_held_out"]:
         fitted_rows = report["rows_train"] + report["rows_held_out"]
         raise InputError(
             f"the approximator was fitted to {fitted_rows} vectors and {rows} are measured now; run `saets fit` again"
         )
-    leverage = Leverage(n, total, gram, report["penalty"])
-    mean = fit.approximator.M.T @ leverage.mean.float() + fit.approximator.b
-    parts = [_scores(batch, fit.approximator, leverage, mean, experiment.fit.capped_weight) for batch in scored]
-    leverages, squares, cosines = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    order = leverages.argsort()
-    return Evidence(leverage, mean, frozenset(ids), leverages[order], squares[order], cosines[order])
+    return Leverage(n, total, gram, report["penalty"]), frozenset(ids), scored
 
 
 def _zeros(d_model: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(d_model, dtype=torch.float64), torch.zeros(d_model, d_model, dtype=torch.float64)
 
 
+def _errors(
+    rows: RowBatch, approximator: EffectApproximator, leverage: Leverage, capped_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and leverage of each row, and its measured effect minus the one predicted by the fit without it."""
+    weight = torch.where(rows.capped, capped_weight, 1.0).double()
+    h = leverage.of(torch.nn.functional.normalize(rows.vectors.double(), dim=-1))
+    error = (rows.effects.float() - approximator.predict(rows.vectors)) / (1 - weight * h).float()[:, None]
+    return weight, h, error
+
+
 def _scores(
     rows: RowBatch, approximator: EffectApproximator, leverage: Leverage, mean: Tensor, capped_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leverage, squares and cosine of each row, left out of the fit."""
-    weight = torch.where(rows.capped, capped_weight, 1.0).double()
-    h = leverage.of(torch.nn.functional.normalize(rows.vectors.double(), dim=-1))
+    weight, h, error = _errors(rows, approximator, leverage, capped_weight)
     measured = rows.effects.float()
-    error = (measured - approximator.predict(rows.vectors)) / (1 - weight * h).float()[:, None]
     squares = torch.stack([error.square().sum(1), (measured - mean).square().sum(1)], 1).double()
     return left_out(h, weight), squares, torch.nn.functional.cosine_similarity(measured - error, measured, dim=-1).double()

@@ -36,7 +36,7 @@ def calibration_histogram(effects: pl.DataFrame, *, size: Size = SCREEN) -> Plot
     width, height = panel_size(size, 1)
     chart = alt.Chart(alt.InlineData(values=rows), width=width, height=height, config=theme(size), **said)
     return chart.mark_bar(stroke="white", strokeWidth=0.5).encode(
-        x=alt.X("low:Q", bin="binned", title="scale"),
+        x=alt.X("low:Q", bin="binned", title="scale", scale=alt.Scale(domain=[0.0, float(edges[-1])], nice=False)),
         x2="high",
         y=alt.Y("vectors:Q", stack=True),
         color=alt.Color("outcome:N", title=None, scale=alt.Scale(domain=[*colours], range=[*colours.values()])),

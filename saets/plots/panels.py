@@ -13,7 +13,7 @@ from saets.errors import InputError, unknown
 from saets.plots.looks import METHODS, Look, display_names
 from saets.plots.theme import Size, theme
 
-Plot = alt.Chart | alt.FacetChart | alt.VConcatChart
+Plot = alt.Chart | alt.LayerChart | alt.FacetChart
 
 WIDEST = 300.0
 """Pixels of a panel, where there are few."""
@@ -40,7 +40,7 @@ def encodings(looks: Sequence[Look], size: Size) -> tuple[alt.Color, alt.Shape, 
     """Colour, shape and dash of the column `series`; one legend shows colour and shape."""
     longest = max((len(look.name) for look in looks), default=1)
     columns = max(1, int(0.85 * size.width / (0.55 * size.large * longest + 2.5 * size.large)))
-    names, legend = [look.name for look in looks], alt.Legend(title=None, orient="top", columns=columns)
+    names, legend = [look.name for look in looks], alt.Legend(title=None, columns=columns)
     colours, shapes, dashes = [look.colour for look in looks], [look.shape for look in looks], [look.dash for look in looks]
     return (
         alt.Color("series:N", scale=alt.Scale(domain=names, range=colours), legend=legend),
@@ -69,8 +69,9 @@ def lines(looks: Sequence[Look], value: str, title: str, size: Size) -> list[alt
 def panel_size(size: Size, panels: int, left: float = 3.0) -> tuple[float, float]:
     """Width and height of each of so many panels; `left` is what an axis takes beside them, in letters' heights."""
     config, columns = theme(size), min(size.columns, max(panels, 1))
-    spare = size.width - 2 * config["padding"] - left * size.small - 1.5 * size.large - (columns - 1) * config["facet"]["spacing"]
-    width = min(spare / columns, WIDEST)
+    around = 2 * config["padding"] + left * size.small + 1.5 * size.large + (columns - 1) * config["facet"]["spacing"]
+    # Labels at both ends of an axis stick out of the panel by half.
+    width = min((size.width - around) / columns - 1.2 * size.small, WIDEST)
     return width, size.aspect * width
 
 

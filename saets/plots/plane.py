@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from saets.plots.looks import BLACK
+from saets.plots.looks import BLACK, GREY
 from saets.plots.panels import Plot, encodings, facets, named, panel_size, panelled, to, tooltip, top
 from saets.plots.theme import SCREEN, Size
 from saets.scores.results import MEASURES
@@ -13,13 +13,17 @@ from saets.scores.results import MEASURES
 ARROW_ROOM = 14
 """Pixels below which a segment gets no arrowhead."""
 
+HEADROOM = 1.15
+"""The plane reaches so far beyond the highest score, so that no line crosses the name of the corner above."""
+
 
 def coherence_behaviour(results: pl.DataFrame, *, size: Size = SCREEN) -> Plot:
     """Mean coherence (x) against mean behaviour (y), joined in order of scale; one panel a goal (and prompt).
 
-    Arrowheads point to the larger scale; a ring marks the unsteered texts, where all lines of a panel start.
+    Arrowheads point to the larger scale; a ring marks the unsteered texts, where all lines of a panel start. Text in the
+    corner "good" shows the goal and is coherent, in the corner "bad" neither.
     """
-    tops = {name: top(results[name]) for name in ("coherence", "behaviour")}
+    tops = {"coherence": top(results["coherence"]), "behaviour": top(results["behaviour"]) * HEADROOM}
     rows, looks = named(panelled(results))
     rows = _with_arrows(rows, tops, panel_size(size, rows["panel"].n_unique()))
     colour, shape, dash = encodings(looks, size)
@@ -33,9 +37,20 @@ def coherence_behaviour(results: pl.DataFrame, *, size: Size = SCREEN) -> Plot:
         angle=alt.Angle("angle:Q", scale=None),
     )
     ring = base.mark_point(size=130 * size.marks**2, strokeWidth=1.5 * size.marks).encode(color=alt.value(BLACK))
-    layers = [line, heads, points, ring.transform_filter("datum.scale === 0")]
+    layers = [*_corners(), line, heads, points, ring.transform_filter("datum.scale === 0")]
     subtitle = "Joined in order of scale, arrows towards the larger scale; ring: unsteered"
     return facets(layers, rows, "Coherence and behaviour", subtitle, size)
+
+
+def _corners() -> list[alt.Chart]:
+    """Names of the corners, once a panel."""
+    once = alt.Chart().transform_aggregate(rows="count()")
+    bad = once.mark_text(align="left", baseline="bottom", dx=4, dy=-3, color=GREY, fontStyle="italic")
+    good = once.mark_text(align="right", baseline="top", dx=-4, dy=4, color=GREY, fontStyle="italic")
+    return [
+        bad.encode(x=alt.value(0), y=alt.value("height"), text=alt.value("bad")),
+        good.encode(x=alt.value("width"), y=alt.value(0), text=alt.value("good")),
+    ]
 
 
 def _with_arrows(rows: pl.DataFrame, tops: dict[str, float], panel: tuple[float, float]) -> pl.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-PIXELS_PER_INCH = 96
+PIXELS_PER_INCH, POINTS_PER_INCH = 96, 72
 """Of an SVG, by CSS: a chart of 312 pixels is 3.25 inches wide."""
 
 FONT = "Arial, Helvetica, sans-serif"
@@ -26,13 +26,15 @@ class Size(NamedTuple):
     """Font of axis titles, legends and panel titles."""
     marks: float
     """Lines and symbols, relative to those on a screen."""
+    dots_per_inch: int
+    """Of a PNG."""
     titled: bool
     """Whether title and subtitle stand above; a paper has a caption below."""
 
 
-SCREEN = Size("screen", width=960, columns=3, aspect=0.73, small=11, large=12.5, marks=1.0, titled=True)
-PAGE = Size("page", width=648, columns=3, aspect=0.73, small=9.33, large=10.67, marks=0.8, titled=False)
-COLUMN = Size("column", width=312, columns=2, aspect=0.8, small=8.67, large=9.33, marks=0.7, titled=False)
+SCREEN = Size("screen", width=960, columns=3, aspect=0.73, small=11, large=12.5, marks=1.0, dots_per_inch=192, titled=True)
+PAGE = Size("page", width=648, columns=3, aspect=0.73, small=9.33, large=10.67, marks=0.8, dots_per_inch=384, titled=False)
+COLUMN = Size("column", width=312, columns=2, aspect=0.8, small=8.67, large=9.33, marks=0.7, dots_per_inch=384, titled=False)
 SIZES = {size.name: size for size in (SCREEN, PAGE, COLUMN)}
 """A page of two columns is 6.75 inches wide, one of them 3.25; print has letters of 6.5 to 8 points."""
 
@@ -53,12 +55,14 @@ def theme(size: Size = SCREEN) -> dict[str, Any]:
             "tickCount": 5,
             "titlePadding": 0.5 * gap,
         },
-        "axisX": {"labelFlush": False},
+        "axisX": {"labelFlush": False, "tickCount": size.width // size.columns // 45},
         "axisY": {"domain": False, "ticks": False, "labelPadding": 0.5 * gap},
         # A series' dash would otherwise fray the edge of its symbol.
         "legend": {
             "labelFontSize": large,
             "titleFontSize": large,
+            "titleFontWeight": "normal",
+            "orient": "top",
             "symbolSize": 90 * size.marks**2,
             "symbolOpacity": 1,
             "symbolStrokeWidth": 0,

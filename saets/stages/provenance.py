@@ -73,6 +73,11 @@ def recommended_scales(session: Session, vectors: Sequence[SteeringVector]) -> l
 
 
 def _scales(found: ScaleRange) -> dict[str, Any]:
-    """`low`, `high` and how they were found, as JSON has them: None where there is no such scale."""
-    low, high = (None if math.isnan(scale) else float(f"{scale:.6g}") for scale in (found.low, found.high.scale))
-    return {"low": low, "high": high, "outcome": found.high.outcome, "onset": ONSET}
+    """`low`, `high`, how they were found and the losses measured, as JSON has them: None where there is no such scale."""
+    low, high = (None if math.isnan(scale) else _rounded(scale) for scale in (found.low, found.high.scale))
+    losses = [[_rounded(scale), _rounded(loss)] for scale, loss in found.losses]
+    return {"low": low, "high": high, "outcome": found.high.outcome, "onset": ONSET, "losses": losses}
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.6g}")

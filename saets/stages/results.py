@@ -1,4 +1,4 @@
-"""Stage 5: the results table and the plots of what has been graded."""
+"""Stage 5: the results table of what has been graded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 import polars as pl
 
-from saets import plots
 from saets.checks import check_goals
 from saets.errors import InputError
-from saets.experiment.config import settings_hash
-from saets.files.storage import Location
+from saets.plots.looks import display_names
 from saets.records import UNSTEERED
 from saets.scores import page as results_page
 from saets.scores import results
@@ -88,7 +86,7 @@ def write_results(session: Session) -> None:
 
 def _sections(session: Session, outcome: Outcome, agreement: pl.DataFrame) -> Iterator[str]:
     """The parts of results.md for which there is something to say; what was measured of other texts or scales is left out."""
-    names, generations = plots.display_names(), outcome.generations
+    names, generations = display_names(), outcome.generations
     yield results_page.scores_section(outcome.compared, names)
     if (measures := session.run.measures.read()) is not None:
         by_scale = results.measure_table(generations, measures, ("goal", "method", "scale"))
@@ -135,34 +133,6 @@ def write_table(session: Session, name: str, rows: pl.DataFrame) -> None:
     content = io.BytesIO()
     rows.write_parquet(content)
     (session.run.path / f"{name}.parquet").write_bytes(content.getvalue())
-
-
-def write_plots(session: Session) -> list[Location]:
-    """Draw every plot for which the run has data, as HTML, SVG and PNG; plots of the same rows are left as they are."""
-    outcome = read_outcome(session)
-    folder = session.run.path / "plots"
-    effects = session.run.effects.read(["vector_id", "scale", "calibration"])
-    drawn_from = settings_hash([outcome.texts.hash_rows(0).to_list(), effects.rows() if effects is not None else None])
-    if session.run.manifest().get("plots", {}).get("drawn_from") == drawn_from and folder.is_folder():
-        return [folder / name for name in folder.entries()]
-    table = results.results_table(outcome.texts, seed=session.experiment.seed)
-    charts = {
-        "product_by_scale": plots.product_by_scale(table),
-        "coherence_behaviour": plots.coherence_behaviour(table),
-        "scores": plots.score_bars(outcome.summary),
-    }
-    for goal in dict.fromkeys(outcome.summary["goal"]):
-        method = session.experiment.steering.methods[-1]
-        charts[f"criteria_{goal}"] = plots.criteria_by_scale(table, goal, method)
-    if effects is not None:
-        charts["calibration"] = plots.calibration_histogram(effects)
-    with session.progress.stage("drawing", len(charts), 0, "plots") as advance:
-        written: list[Location] = []
-        for name, chart in charts.items():
-            written += plots.save(chart, folder, name)
-            advance(1)
-    session.run.update_stage("plots", {"drawn_from": drawn_from})
-    return written
 
 
 def samples(session: Session, *, per_method: int = 1) -> Iterable[tuple[str, str, float, str]]:

@@ -275,8 +275,12 @@ def test_steering_shows_where_the_loss_has_risen_by_a_tenth_of_the_calibrated_ri
     directions = [direction(seed) for seed in range(6)]
     calibrated = found.calibrate(directions)
     rising = 0
-    for (low, high), vector, alone in zip(found.ranges(directions), directions, calibrated, strict=True):
+    for (low, high, measured), vector, alone in zip(found.ranges(directions), directions, calibrated, strict=True):
         assert high == alone
+        assert measured[0] == (0.0, found.unsteered_loss)
+        assert len(measured) > 1
+        assert list(measured) == sorted(measured)
+        assert [each for _, each in measured] == pytest.approx([loss(tiny, scale * vector) for scale, _ in measured], abs=2e-4)
         if high.loss <= found.unsteered_loss:
             assert math.isnan(low)
             continue

@@ -15,7 +15,7 @@ from saets.experiment.config import Experiment
 from saets.experiment.loading import load_experiment
 from saets.fit.approximator import EffectApproximator, Moments, ridge
 from saets.fit.leverage import Leverage, left_out
-from saets.forecast.evidence import evidence
+from saets.forecast.evidence import evidence, left_out_effects
 from saets.run_folder.fitted import Fitted, fitted
 from saets.run_folder.store import RunFolder
 from saets.vector.vector import SteeringVector
@@ -119,6 +119,36 @@ def test_errors_of_vectors_left_out_are_those_of_fits_without_them(
     assert found.record().r2 == pytest.approx(1 - found.squares[:, 0].sum().item() / found.squares[:, 1].sum().item())
     assert found.record().vectors == len(found.leverages)
     assert torch.equal(found.leverages, found.leverages.sort().values)
+
+
+def test_effects_of_vectors_left_out_are_predicted_by_fits_without_them(
+    experiment: Experiment, nowhere: RunFolder, rows: tuple[NDArray[np.float64], NDArray[np.float64]]
+) -> None:
+    fit = fitted(nowhere, experiment)
+    predicted, measured = (torch.cat(parts) for parts in zip(*left_out_effects(nowhere, experiment, fit), strict=True))
+    x, y = rows
+    centred = x - x.mean(0)
+    absolute = fit.report["penalty"] * np.trace(centred.T @ centred) / 32
+    assert len(predicted) == fit.report["rows_held_out"]
+    for one, of in zip(predicted.numpy(), measured.numpy(), strict=True):
+        i = next(i for i in range(40) if np.array_equal(y[i], of))
+        rest = np.arange(40) != i
+        assert np.allclose(one, np.append(1, x[i]) @ solved(x[rest], y[rest], absolute), atol=1e-4)
+
+
+def test_a_fit_by_descent_never_saw_the_vectors_held_out(
+    experiment: Experiment, nowhere: RunFolder, rows: tuple[NDArray[np.float64], NDArray[np.float64]]
+) -> None:
+    report = {"solver": "adam", "rows_train": 30, "rows_held_out": 10, "rows_shipped": 40}
+    fit = Fitted(EffectApproximator(torch.ones(32, 64), torch.zeros(64)), report)
+    found = list(left_out_effects(nowhere, experiment, fit))
+    predicted, measured = (torch.cat(parts) for parts in zip(*found, strict=True))
+    assert 0 < len(predicted) < 40
+    for one, of in zip(predicted.numpy(), measured.numpy(), strict=True):
+        i = next(i for i in range(40) if np.array_equal(rows[1][i], of))
+        assert np.allclose(one, rows[0][i].sum(), atol=1e-4)
+    with pytest.raises(InputError, match="exact fit alone"):
+        evidence(nowhere, experiment, fit)
 
 
 def test_vectors_near_in_leverage_are_a_fifth_of_those_left_out(experiment: Experiment, nowhere: RunFolder) -> None:
