@@ -92,10 +92,10 @@ def evidence(run: RunFolder, experiment: Experiment, fit: Fitted) -> Evidence:
     Raises:
         InputError: the rows are not known, or no longer those of the fit, or the fit is not the exact one.
     """
-    known = _known_rows(run, experiment, fit)
+    _check_own(fit)
     if fit.report.get("solver") != "ridge":
         raise InputError("the leverage of a vector is known for the exact fit alone (fit.solver = 'ridge')")
-    leverage, vector_ids, scored = _exact_fit(known, experiment, fit.report)
+    leverage, vector_ids, scored = _exact_fit(_known_rows(run, experiment, fit), experiment, fit.report)
     mean = fit.approximator.M.T @ leverage.mean.float() + fit.approximator.b
     parts = [_scores(batch, fit.approximator, leverage, mean, experiment.fit.capped_weight) for batch in scored]
     leverages, squares, cosines = (torch.cat(columns) for columns in zip(*parts, strict=True))
@@ -113,6 +113,7 @@ def left_out_effects(
     Raises:
         InputError: the rows are not known, or no longer those of the fit.
     """
+    _check_own(fit)
     known = _known_rows(run, experiment, fit)
     if fit.report.get("solver") == "ridge":
         leverage, _, held_out = _exact_fit(known, experiment, fit.report)
@@ -125,9 +126,12 @@ def left_out_effects(
         yield fit.approximator.predict(some.vectors), some.effects.float()
 
 
-def _known_rows(run: RunFolder, experiment: Experiment, fit: Fitted) -> KnownRows:
+def _check_own(fit: Fitted) -> None:
     if "published" in fit.approximator.provenance:
         raise InputError("the approximator was published without the vectors that it was fitted to")
+
+
+def _known_rows(run: RunFolder, experiment: Experiment, fit: Fitted) -> KnownRows:
     if "effects_from" in fit.report:
         return KnownRows(MeasuredRows.of([run.published_effects]), None)
     return KnownRows.of(run, shipped_effects(experiment) if fit.report.get("rows_shipped") else None)

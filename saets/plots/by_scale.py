@@ -75,6 +75,8 @@ def loss_by_scale(losses: pl.DataFrame, *, size: Size = SCREEN) -> Plot:
     points = base.mark_point(filled=True, opacity=1, size=42 * size.marks**2).encode(shape=shape)
     targets = alt.Chart().transform_aggregate(target="max(target)").transform_filter("isValid(datum.target)").encode(y="target:Q")
     rule = targets.mark_rule(strokeWidth=size.marks, strokeDash=[2, 2], color=BLACK)
-    text = targets.mark_text(align="left", baseline="bottom", dy=-2).encode(x=alt.value(2), text=alt.value("target"))
+    label = targets.encode(x=alt.value(2), text=alt.value("target"))
+    halo = label.mark_text(align="left", baseline="bottom", dy=-2, stroke="white", strokeWidth=4)
+    text = label.mark_text(align="left", baseline="bottom", dy=-2)
     subtitle = "On the calibration text, at the scales that the search measured; dotted rule: the loss it aims at"
-    return facets([rule, line, points, text], rows, "Loss by scale", subtitle, size)
+    return facets([rule, line, halo, text, points], rows, "Loss by scale", subtitle, size)

@@ -34,7 +34,7 @@ def calibration_histogram(effects: pl.DataFrame, *, size: Size = SCREEN) -> Plot
             rows += [{"low": low, "high": high, "vectors": count, "outcome": name} for low, high, count in bins if count]
     said = heading("Calibrated scales", f"{len(effects):,} vectors, by outcome of the calibration", size)
     width, height = panel_size(size, 1)
-    chart = alt.Chart(alt.InlineData(values=rows), width=width, height=height, config=theme(size), **said)
+    chart = alt.Chart(alt.InlineData(values=rows), width=width, height=height, config=theme(size, width), **said)
     return chart.mark_bar(stroke="white", strokeWidth=0.5).encode(
         x=alt.X("low:Q", bin="binned", title="scale", scale=alt.Scale(domain=[0.0, float(edges[-1])], nice=False)),
         x2="high",

@@ -66,7 +66,13 @@ def _png(chart: Plot, size: Size) -> bytes:
 
 
 def _pdf(chart: Plot, size: Size) -> bytes:
-    pdf: bytes = vl_convert.svg_to_pdf(_svg(chart, size).decode(), scale=POINTS_PER_INCH / PIXELS_PER_INCH)
+    """vl-convert takes a pixel for a point of print here too, so the outer lengths of the SVG are given in points."""
+
+    def in_points(found: re.Match[str]) -> str:
+        return f'{found[1]}="{float(found[2]) * POINTS_PER_INCH / PIXELS_PER_INCH:g}"'
+
+    svg = re.sub(r'\b(width|height)="([\d.]+)"', in_points, _svg(chart, size).decode(), count=2)
+    pdf: bytes = vl_convert.svg_to_pdf(svg)
     return pdf
 
 

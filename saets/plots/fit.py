@@ -71,8 +71,9 @@ def r2_by_density(features: pl.DataFrame, of: str = "density", *, size: Size = S
     rows = groups.agg(pl.col("density").median(), pl.len().alias("features"), **quartiles).to_dicts()
     lowest = math.floor(10 * min(0.0, *(row["lower"] for row in rows))) / 10
     first, last = math.floor(math.log10(rows[0]["density"])), math.ceil(math.log10(rows[-1]["density"]))
-    powers = alt.Axis(values=[10.0**power for power in range(first, last + 1)], format="~g", labelOverlap=True)
-    x = alt.X("density:Q", title=of, scale=alt.Scale(type="log"), axis=powers)
+    powers = [10.0**power for power in range(first, last + 1)]
+    axis = alt.Axis(values=powers, tickCount=len(powers), format="~g", labelOverlap=True)
+    x = alt.X("density:Q", title=of, scale=alt.Scale(type="log"), axis=axis)
     y = alt.Y("median:Q", title="held-out R²", scale=alt.Scale(domain=[lowest, 1.0], nice=False))
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x, y=y)
     colour = CRITERIA_LOOKS["behaviour"].colour
@@ -95,4 +96,4 @@ def _gradient(size: Size) -> alt.Legend:
 def _layered(layers: list[alt.Chart], title: str, subtitle: str, size: Size, *, square: bool = False) -> Plot:
     width, height = panel_size(size, 1, left=9.0 if square else 3.0)
     said: dict[str, Any] = heading(title, subtitle, size)
-    return alt.LayerChart(layer=layers, width=width, height=width if square else height, config=theme(size), **said)
+    return alt.LayerChart(layer=layers, width=width, height=width if square else height, config=theme(size, width), **said)

@@ -89,7 +89,7 @@ def facets(
         facet=alt.Facet("panel:N", sort=titles, title=None, header=header), columns=min(size.columns, len(titles))
     )
     # A shared x axis would hang below the empty places of an incomplete last row.
-    return chart.resolve_axis(x="independent").properties(**heading(title, subtitle, size), config=theme(size))
+    return chart.resolve_axis(x="independent").properties(**heading(title, subtitle, size), config=theme(size, across))
 
 
 def heading(title: str, subtitle: str, size: Size) -> dict[str, Any]:

@@ -39,8 +39,8 @@ SIZES = {size.name: size for size in (SCREEN, PAGE, COLUMN)}
 """A page of two columns is 6.75 inches wide, one of them 3.25; print has letters of 6.5 to 8 points."""
 
 
-def theme(size: Size = SCREEN) -> dict[str, Any]:
-    """The configuration of every chart, for `alt.Chart(..., config=theme())`."""
+def theme(size: Size = SCREEN, panel: float = 300.0) -> dict[str, Any]:
+    """The configuration of every chart, for `alt.Chart(..., config=theme())`; `panel` is the width of one in pixels."""
     small, large, gap = size.small, size.large, size.small * size.marks
     return {
         "background": "white",
@@ -55,7 +55,7 @@ def theme(size: Size = SCREEN) -> dict[str, Any]:
             "tickCount": 5,
             "titlePadding": 0.5 * gap,
         },
-        "axisX": {"labelFlush": False, "tickCount": size.width // size.columns // 45},
+        "axisX": {"labelFlush": False, "tickCount": int(panel // 45)},
         "axisY": {"domain": False, "ticks": False, "labelPadding": 0.5 * gap},
         # A series' dash would otherwise fray the edge of its symbol.
         "legend": {
