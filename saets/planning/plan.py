@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
+from saets.checks import check_place
 from saets.effects.worker import rollouts_per_vector
 from saets.errors import InputError
 from saets.experiment.config import Experiment
@@ -106,6 +110,7 @@ def make_plan(session: Session, *, nodes: int | None = None, gpus_per_node: int 
     experiment = session.experiment
     there = hardware(experiment, nodes, gpus_per_node, gpu)
     model = model_size(experiment.model)
+    check_place(experiment.hook_name, model.n_blocks)
     sae = sae_size(experiment.sae, model.d_model)
     left = what_is_left(session, model.d_model)
     layout = lay_out(experiment, there, model, sae)
@@ -196,16 +201,16 @@ def _actor_start(layout: Layout) -> float:
 
 
 def _fit_seconds(experiment: Experiment, left: Left, sizes: Sizes, layout: Layout) -> float:
-    """Sums over the rows, eigenvectors, solutions; or a descent. On a GPU by its float32 arithmetic."""
+    """Sums over the rows, eigenvectors, solutions; or a descent. Workers use GPUs; without any, the driver's cores do it."""
     d, n, rows, fit = sizes.sae.d_model, sizes.sae.d_sae, left.rows, experiment.fit
     exact = 2.0 * rows * d * (d + n) + 25.0 * d**3 + 4.0 * d * d * n
     operations = exact if fit.solver == "ridge" else 6.0 * fit.epochs * rows * d * n
-    machine, workers = layout.hardware.machine, max(1, fit.workers)
+    machine, reading = layout.hardware.machine, rows * n * getattr(torch, experiment.effects.dtype).itemsize / rate("read")
+    if machine.is_gpu and fit.workers:
+        computing = operations / (machine.flops["float32"] * machine.share("pass", d)) / fit.workers
+        return start_seconds("train") + reading + computing
     start = start_seconds("train") if fit.workers else 0.0
-    if machine.is_gpu:
-        return start + operations / (machine.flops["float32"] * machine.share("pass", d)) / workers
-    cores = min(layout.hardware.nodes * layout.hardware.devices, workers if fit.workers else layout.hardware.devices)
-    return start + operations / (rate("fit") * cores)
+    return start + reading + operations / (rate("fit") * min(os.cpu_count() or 1, fit.workers or math.inf))
 
 
 def _asking_seconds(experiment: Experiment, judge: Estimate) -> float:

@@ -18,7 +18,7 @@ from saets.errors import InputError
 from saets.experiment.model_config import Model, Sae
 from saets.judge.cost import BYTES_A_TOKEN
 from saets.model import is_converted, load_tokenizer, model_config
-from saets.sae import describe_sae, sae_width
+from saets.sae import check_sae, describe_sae, sae_width
 from saets.tokens import PromptFormat, encode
 
 BIAS = 2
@@ -131,6 +131,7 @@ def sae_size(spec: Sae, d_model: int) -> SaeSize:
     Raises:
         InputError: a release whose config cannot be read, or an SAE for another model.
     """
+    check_sae(spec, d_model)
     if (width := sae_width(spec)) is not None:
         return SaeSize(d_model, width)
     from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface

@@ -172,6 +172,9 @@ def test_the_command_prints_a_table_or_one_json_object(tmp_path: Path, capsys) -
         (["smollm2", "--gpus-per-node", "2"], "--gpus-per-node needs the kind of GPU"),
         (["gemma-2-2b", "--measure", "--set", "effects.sources=[{start=0, stop=90000}]"], "the SAE has rows 0 to 16383"),
         (["smollm2", "--set", "effects.sources=[{kind='file', path='none.safetensors'}]"], "none.safetensors, which is no file"),
+        (["smollm2", "--set", "hook_name=blocks.30.hook_resid_post"], "the model has blocks 0 to 29"),
+        (["gemma-2-2b", "--set", "sae.id=layer_12/width_17k"], "unknown SAE id"),
+        (["tiny", "--set", "sae.loader=folder", "--set", "sae.path=preset:smollm2/sae"], "residual stream has 32"),
         (["nowhere"], "unknown preset 'nowhere'"),
     ],
 )
