@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,7 +69,7 @@ def hardware(experiment: Experiment, nodes: int | None, gpus_per_node: int | Non
     for name, number in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
         if number is not None and number < 1:
             raise InputError(f"{name} is {number}; expected 1 or more")
-    wants_gpu = experiment.execution.gpus_per_actor > 0 or gpus_per_node is not None
+    wants_gpu = _number(experiment.execution.gpus_per_actor, 1.0) > 0 or gpus_per_node is not None
     kind = gpu or (gpu_here() if wants_gpu else None)
     if kind is None and gpus_per_node is not None:
         raise InputError("--gpus-per-node needs the kind of GPU, and torch sees none here; add --gpu, e.g. --gpu h100")
@@ -86,7 +86,8 @@ def lay_out(experiment: Experiment, there: Hardware, model: ModelSize, sae: SaeS
 
 def _on_gpus(experiment: Experiment, there: Hardware, model: ModelSize, sae: SaeSize) -> Layout:
     dtype = resolve_dtype(experiment.model.dtype, torch.device("cuda"))
-    asked = experiment.execution.gpus_per_actor or 1.0
+    execution = experiment.execution
+    asked = _number(execution.gpus_per_actor, 1.0) or 1.0
     memory = (there.machine.memory or 0.0) * USABLE
     weights, of_sae = model.weights * dtype.itemsize, _sae_bytes(experiment, sae)
     row = row_bytes(model.bytes_per_row(experiment.effects.length, dtype), sae.d_sae)
@@ -105,11 +106,12 @@ def _on_gpus(experiment: Experiment, there: Hardware, model: ModelSize, sae: Sae
             f"an actor needs {asked:g} GPUs of one node ({weights / 1e9:.1f} GB of weights), and a node has {there.devices}; "
             "plan with more (--gpus-per-node), or with GPUs of more memory"
         )
-    if asked != experiment.execution.gpus_per_actor:
+    if asked != _number(execution.gpus_per_actor, 1.0):
         settings.append(f"execution.gpus_per_actor={asked:g}")
     on_node = int(there.devices / asked + 1e-9)
-    actors = there.nodes * on_node if there.given else experiment.execution.actors
-    if actors != experiment.execution.actors:
+    whole = there.nodes * on_node
+    actors = whole if there.given else int(_number(execution.actors, whole))
+    if actors != _number(execution.actors, whole):
         settings.append(f"execution.actors={actors}")
     rows = _rows(experiment, memory * asked - weights - of_sae, row, "cuda")
     held = Memory(weights, of_sae, rows * row, memory * asked)
@@ -119,15 +121,16 @@ def _on_gpus(experiment: Experiment, there: Hardware, model: ModelSize, sae: Sae
 def _on_cores(experiment: Experiment, there: Hardware, model: ModelSize, sae: SaeSize) -> Layout:
     dtype = resolve_dtype(experiment.model.dtype, torch.device("cpu"))
     execution, notes, settings = experiment.execution, [], []
-    if execution.gpus_per_actor:
+    if _number(execution.gpus_per_actor, 1.0):
         notes.append(
-            f"execution.gpus_per_actor is {execution.gpus_per_actor:g} and torch sees no GPU here: this is what CPU cores would "
+            f"execution.gpus_per_actor is {execution.gpus_per_actor} and torch sees no GPU here: this is what CPU cores would "
             "take; name the GPUs you have in mind, e.g. --gpu h100"
         )
         settings.append("execution.gpus_per_actor=0")
     wanted = max(1.0, execution.cpus_per_actor)
-    actors = there.nodes * max(1, int(there.devices / wanted)) if there.given else execution.actors
-    if actors != execution.actors:
+    whole = there.nodes * max(1, int(there.devices / wanted))
+    actors = whole if there.given else int(_number(execution.actors, whole))
+    if actors != _number(execution.actors, whole):
         settings.append(f"execution.actors={actors}")
     threads = min(wanted, there.nodes * there.devices / actors)
     weights, of_sae = model.weights * dtype.itemsize, _sae_bytes(experiment, sae)
@@ -138,6 +141,11 @@ def _on_cores(experiment: Experiment, there: Hardware, model: ModelSize, sae: Sa
     if held.total() * actors / there.nodes > memory:
         notes.append(f"{actors} actors of {held.total() / 1e9:.1f} GB do not fit into this machine's {memory / 1e9:.1f} GB")
     return Layout(there, dtype, actors, 1 / wanted, threads, rows, held, tuple(settings), tuple(notes))
+
+
+def _number(setting: Any, by_nodes: int | float) -> float:
+    """A setting's number, or another where nodes decide about it (`auto`)."""
+    return float(by_nodes if setting == "auto" else setting)
 
 
 def _rows(experiment: Experiment, free: float, row: int, device_type: str) -> int:
