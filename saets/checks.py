@@ -20,16 +20,9 @@ def check_experiment(experiment: Experiment) -> None:
     Raises:
         InputError: the first thing found wrong.
     """
-    below = blocks_below(experiment.hook_name)
     resolve_device(experiment.model.device)
     d_model, n_layers, d_vocab = model_shape(experiment.model)
-    layer = layer_of(experiment.hook_name)
-    if layer >= n_layers:
-        raise InputError(f"hook_name {experiment.hook_name!r}: the model has blocks 0 to {n_layers - 1}")
-    if below == 0:
-        raise InputError(
-            f"hook_name {experiment.hook_name!r} lies before the first block; expected hook_resid_post or a later block"
-        )
+    check_place(experiment.hook_name, n_layers)
     check_sae(experiment.sae, d_model)
     for key, top_k in (("effects", experiment.effects.top_k), ("evaluation", experiment.evaluation.top_k)):
         if top_k > d_vocab:
@@ -38,6 +31,14 @@ def check_experiment(experiment: Experiment) -> None:
     text = experiment.effects.calibration_text
     if not text.startswith(DATASET) and not packaged(text).is_file():
         raise InputError(f"effects.calibration_text: no such file: {packaged(text)}")
+
+
+def check_place(hook_name: str, n_blocks: int) -> None:
+    """Raise `InputError` where a model of so many blocks has no such hook, or none below it."""
+    if layer_of(hook_name) >= n_blocks:
+        raise InputError(f"hook_name {hook_name!r}: the model has blocks 0 to {n_blocks - 1}")
+    if blocks_below(hook_name) == 0:
+        raise InputError(f"hook_name {hook_name!r} lies before the first block; expected hook_resid_post or a later block")
 
 
 def _check_prompts(experiment: Experiment) -> None:

@@ -85,16 +85,23 @@ def model_shape(spec: Model) -> tuple[int, int, int]:
     """
     if spec.loader == "random":
         return spec.random.d_model, spec.random.n_layers, ByteTokenizer.size
-    text = _config(spec).get_text_config()
+    text = model_config(spec).get_text_config()
     return text.hidden_size, text.num_hidden_layers, text.vocab_size
 
 
 def model_type(spec: Model) -> str:
     """The kind of model by its config, such as `llama` or `gemma2`; its weights are not read."""
-    return "llama" if spec.loader == "random" else str(_config(spec).model_type)
+    return str(model_config(spec).model_type)
 
 
-def _config(spec: Model) -> Any:
+def model_config(spec: Model) -> Any:
+    """The model's transformers config, without its weights; a GGUF file is converted first.
+
+    Raises:
+        InputError: it cannot be found.
+    """
+    if spec.loader == "random":
+        return _random_config(spec.random)
     if spec.loader == "gguf":
         return AutoConfig.from_pretrained(_converted(_gguf_file(spec.name)))
     return _from_hub(AutoConfig.from_pretrained, spec)
@@ -212,7 +219,14 @@ class ByteTokenizer:
 
 def random_llama(sizes: RandomWeights, dtype: torch.dtype) -> Weights:
     """A seeded random-weight Llama, for tests; the caller's random state is left alone."""
-    config = transformers.LlamaConfig(
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sizes.seed)
+        model: Any = transformers.LlamaForCausalLM(_random_config(sizes))
+    return Weights(model.to(dtype), ByteTokenizer.build())
+
+
+def _random_config(sizes: RandomWeights) -> Any:
+    return transformers.LlamaConfig(
         vocab_size=ByteTokenizer.size,
         hidden_size=sizes.d_model,
         intermediate_size=2 * sizes.d_model,
@@ -224,10 +238,6 @@ def random_llama(sizes: RandomWeights, dtype: torch.dtype) -> Weights:
         eos_token_id=257,
         initializer_range=0.3,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(sizes.seed)
-        model: Any = transformers.LlamaForCausalLM(config)
-    return Weights(model.to(dtype), ByteTokenizer.build())
 
 
 def _load_random(spec: Model, dtype: torch.dtype) -> Weights:
@@ -283,6 +293,15 @@ def _gguf_file(package: str) -> Path:
     if len(files) != 1:
         raise InputError(f"package {package} carries {len(files)} .gguf files; expected one")
     return files[0]
+
+
+def is_converted(spec: Model) -> bool:
+    """Whether the GGUF file of this model was converted here already, so that its config and tokenizer can be read.
+
+    Raises:
+        InputError: the package that carries it is not installed.
+    """
+    return (_conversion_folder(_gguf_file(spec.name)) / "config.json").is_file()
 
 
 def _conversion_folder(file: Path) -> Path:

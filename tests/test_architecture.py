@@ -17,7 +17,7 @@ FLOORS = (
     {"cli", "__main__"},
     {"commands"},
     {"pipeline"},
-    {"stages"},
+    {"stages", "planning"},
     {"checks", "doctor", "explore", "distributed"},
     {"forecast", "features", "judge", "generation", "effects", "run_folder", "scores", "plots", "model"},
     {"engine", "methods", "fit", "vector", "hub", "sae"},

@@ -28,10 +28,18 @@ def rows_that_fit(decoder: Decoder, length: int, d_sae: int, *, share: float = 1
 
     Of several devices the fullest decides, as though it had to hold all of a row.
     """
-    activations = 3 * 4 * d_sae
-    needed = decoder.bytes_per_row(length) + activations
-    fit = int(min(free_bytes(device) for device in decoder.devices) * SHARE * share // needed)
-    return max(1, min(fit, most_rows(decoder.device.type)))
+    free = min(free_bytes(device) for device in decoder.devices) * share
+    return rows_in(free, row_bytes(decoder.bytes_per_row(length), d_sae), decoder.device.type)
+
+
+def row_bytes(decoding: int, d_sae: int) -> int:
+    """Memory that a row takes: what `Decoder.bytes_per_row` says, and its feature activations."""
+    return decoding + 3 * 4 * d_sae
+
+
+def rows_in(free: float, row: int, device_type: str) -> int:
+    """Rows a step in so much free memory, at least one."""
+    return max(1, min(int(free * SHARE // row), most_rows(device_type)))
 
 
 def free_bytes(device: torch.device) -> int:

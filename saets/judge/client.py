@@ -14,13 +14,15 @@ CONNECT_SECONDS = 10.0
 """A server that takes longer to accept a connection is taken for unreachable."""
 
 
-def open_client(settings: JudgeSettings) -> AsyncOpenAI:
+def open_client(settings: JudgeSettings, *, asks: bool = True) -> AsyncOpenAI:
     """A client with the key of OPENAI_API_KEY. It retries nothing by itself and waits for ever for an answer: see `ChatServer`.
+
+    One that `asks` nothing, for estimates, needs no key and takes none.
 
     Raises:
         InputError: no key or none that can be one, a base URL that is none or that holds a password.
     """
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key = os.environ.get("OPENAI_API_KEY", "").strip() if asks else "none"
     if not key:
         raise InputError(
             "the openai judge needs a key and OPENAI_API_KEY is not set: export it or put OPENAI_API_KEY=... into a .env file "

@@ -258,13 +258,14 @@ class RunFolder:
         if entries and "experiment.toml" not in entries:
             raise InputError(f"{run.path} is not empty and holds no experiment.toml; give --out a new folder or a run folder")
         with run.locked():
-            run._check_effect_settings(effect_settings)
+            run.check_effect_settings(effect_settings)
             (run.path / "experiment.toml").write_text(experiment.to_toml())
             run.update_manifest(versions=versions(), git_commit=git_commit(), seed=experiment.seed)
             run.update_stage("effects", {"settings": dict(effect_settings)})
         return run
 
-    def _check_effect_settings(self, settings: Mapping[str, Any]) -> None:
+    def check_effect_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raise `InputError` where the folder holds effects measured with other settings; names the keys."""
         before = self.manifest().get("effects", {}).get("settings")
         if before is None or not (self.effects.shards() or self.baseline.shards()):
             return

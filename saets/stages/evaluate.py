@@ -75,7 +75,7 @@ def evaluate(
             judge = _judge(session, call, log, max_cost, retry_failed=retry_failed) if grade else None
             try:
                 if isinstance(judge, OpenAIJudge):
-                    expected = [_expected(item, session.experiment) for item in missing]
+                    expected = [expected_text(item, session.experiment) for item in missing]
                     estimate = judge.estimate((goals[text.goal], text) for text in (*ungraded, *expected))
                     estimate.check(max_cost)
                     if estimate.calls:
@@ -133,7 +133,7 @@ def check_cost(session: Session, max_cost: float | None) -> None:
     judge = OpenAIJudge(experiment.judge.model_copy(update={"cache": False}), ceiling=max_cost)
     items = [GenerationItem("", goal.id, "", "", 0.0, prompt, 0, 0) for goal in goals for prompt in settings.prompts]
     of_goal = {goal.id: goal for goal in goals}
-    one_each = judge.estimate((of_goal[item.goal], _expected(item, experiment)) for item in items)
+    one_each = judge.estimate((of_goal[item.goal], expected_text(item, experiment)) for item in items)
     wanted = points * settings.samples * len(items)
     there = sum(len(table.ids()) for table in grade_tables(session, goals).values()) // len(CRITERIA)
     one_each.times(max(0, wanted - there) / len(items)).check(max_cost)
@@ -170,6 +170,13 @@ def wanted_generations(session: Session, generations: pl.DataFrame) -> pl.DataFr
     """The rows that this experiment asks for, with the vectors it has now."""
     wanted = [item.generation_id for item in generation_items(session, read_vectors(session))]
     return generations.filter(pl.col("generation_id").is_in(wanted))
+
+
+def begun_texts(session: Session, vectors: dict[Pair, SteeringVector]) -> tuple[list[Generation], list[Generation]]:
+    """The texts that the run has of those asked for with these vectors and unsteered; and those of them without all grades."""
+    have = _read(session, {item.generation_id for item in generation_items(session, vectors)})
+    tables = grade_tables(session, check_goals(session.experiment))
+    return list(have.values()), _ungraded(have.values(), tables, retry_failed=False)
 
 
 def grade_settings(session: Session, goal: Goal) -> str:
@@ -236,7 +243,7 @@ def _workers(experiment: Experiment) -> Workers:
     return Workers(actors, experiment.judge.concurrency, 1)
 
 
-def _expected(item: GenerationItem, experiment: Experiment) -> Generation:
+def expected_text(item: GenerationItem, experiment: Experiment) -> Generation:
     """The item with a completion as long as may be expected."""
     return Generation(**asdict(item), completion="x" * (CHARACTERS_A_TOKEN * experiment.evaluation.new_tokens))
 

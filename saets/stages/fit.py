@@ -7,10 +7,10 @@ from typing import Any
 
 from saets.distributed import fit as distributed
 from saets.errors import InputError
-from saets.experiment.config import Fit, settings_hash
+from saets.experiment.config import Experiment, Fit, settings_hash
 from saets.experiment.loading import effect_settings
 from saets.run_folder.measured import MeasuredRows
-from saets.run_folder.shipped import summed_rows
+from saets.run_folder.shipped import Sums, summed_rows
 from saets.stages.pull import stands_in, use_published_effects
 from saets.stages.session import Session
 
@@ -32,7 +32,7 @@ def fit_approximator(session: Session) -> None:
     summed = sums.vector_ids if sums else set()
     ids = [sorted(table.ids() - summed) for table in tables]
     rows = sum(map(len, ids)) + len(summed)
-    inputs = settings_hash([fit_settings(experiment.fit), experiment.seed, ids, *([sums.identity()] if sums else [])])
+    inputs = _inputs(experiment, ids, sums)
     if run.manifest().get("fit", {}).get("inputs") == inputs and run.approximator.is_file():
         return
     if rows < 3:
@@ -62,6 +62,21 @@ def fit_approximator(session: Session) -> None:
     replace(approximator, provenance=provenance).save(run.approximator)
     run.write_fit(report)
     run.update_manifest(fit={"inputs": inputs})
+
+
+def is_fitted(session: Session) -> bool:
+    """Whether the run's approximator is that of the rows it has, own and shipped, and of its settings."""
+    run, shipped = session.run, session.shipped()
+    sums = summed_rows(shipped) if shipped else None
+    summed = sums.vector_ids if sums else set()
+    ids = [sorted(table.ids() - summed) for table in (run.effects, *([shipped.effects] if shipped else []))]
+    inputs = _inputs(session.experiment, ids, sums)
+    return run.manifest().get("fit", {}).get("inputs") == inputs and run.approximator.is_file()
+
+
+def _inputs(experiment: Experiment, ids: list[list[str]], sums: Sums | None) -> str:
+    """A hash of everything the fit is made from."""
+    return settings_hash([fit_settings(experiment.fit), experiment.seed, ids, *([sums.identity()] if sums else [])])
 
 
 def fit_settings(fit: Fit) -> dict[str, Any]:

@@ -41,6 +41,18 @@ class Session:
         with run.locked(), Cluster(experiment.execution, verbose=verbose) as cluster:
             yield cls(experiment, run, cluster, SteeringPool(experiment, cluster), progress or Silent(), measure)
 
+    @classmethod
+    def looking(cls, experiment: Experiment, out: Where, *, measure: bool = False) -> Session:
+        """To look at what is there: the run folder, which may be missing, is neither made nor held, and no Ray is started.
+
+        Raises:
+            InputError: the folder cannot be reached, or holds effects measured with other settings (names the keys).
+        """
+        run, cluster = RunFolder(out), Cluster(experiment.execution)
+        run.path.check()
+        run.check_effect_settings(effect_settings(experiment))
+        return cls(experiment, run, cluster, SteeringPool(experiment, cluster), Silent(), measure)
+
     def shipped(self) -> RunFolder | None:
         """The effects that come with the experiment, where it names some and they may be used.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from saets.checks import check_goals
@@ -39,7 +40,7 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
     wanted = {
         (name, method): _inputs(session, goal, method) for name, goal in goals.items() for method in experiment.steering.methods
     }
-    kept = {pair: found for pair, inputs in wanted.items() if (found := _kept(session, pair, inputs)) is not None}
+    kept = _kept_of(session, wanted)
     todo = [pair for pair in wanted if pair not in kept]
     if not todo:
         return kept
@@ -72,6 +73,15 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
     return vectors
 
 
+def kept_vectors(session: Session) -> dict[Pair, SteeringVector]:
+    """The vectors that `build_vectors` would find made from what the run has now, and leave as they are."""
+    methods_named = session.experiment.steering.methods
+    wanted = {
+        (goal.id, method): _inputs(session, goal, method) for goal in check_goals(session.experiment) for method in methods_named
+    }
+    return _kept_of(session, wanted)
+
+
 def read_vectors(session: Session) -> dict[Pair, SteeringVector]:
     """The vectors that `build_vectors` wrote.
 
@@ -89,6 +99,10 @@ def read_vectors(session: Session) -> dict[Pair, SteeringVector]:
 def _inputs(session: Session, goal: Goal, method: str) -> str:
     """A hash of everything the vector is made from."""
     return settings_hash(made_from(session, goal, method))
+
+
+def _kept_of(session: Session, wanted: Mapping[Pair, str]) -> dict[Pair, SteeringVector]:
+    return {pair: found for pair, inputs in wanted.items() if (found := _kept(session, pair, inputs)) is not None}
 
 
 def _kept(session: Session, pair: Pair, inputs: str) -> SteeringVector | None:
