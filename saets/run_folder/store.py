@@ -1,7 +1,8 @@
 """The run folder: what is written, whole or not at all, and how a stage sees what is already there.
 
-Rows are Parquet shards that get their name only when complete; a shard that cannot be read is set aside and its rows are
-computed again. The manifest records versions, the execution shape and, for each stage, the settings it was made with.
+Rows are Parquet shards that get their name only when complete. Reading changes nothing; whoever holds the folder for writing sets
+shards aside that cannot be read, and their rows are computed again. The manifest records versions, the execution shape and, for
+each stage, the settings it was made with.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import polars as pl
 import pyarrow as pa
@@ -37,15 +38,27 @@ FLUSH_SECONDS = 5.0
 MOST_WAITING = 256
 """Nor do more rows than this wait: with 131,072 features they take 128 MiB."""
 
+SUFFIX = ".parquet"
+
 REPLACES = b"saets.replaces"
 """Key in a shard's metadata: names of the shards whose rows it holds."""
 
 SHARD_BYTES = 64 * 2**20
 """Size that `Table.compact` aims at."""
 
+GRADE_KEY = ("generation_id", "criterion")
+
 Record = TypeVar("Record")
 
 PACKAGES = ("saets", "torch", "transformers", "transformer-lens", "sae-lens", "ray", "polars")
+
+
+class _Sorted(NamedTuple):
+    good: list[Location]
+    replaced: list[Location]
+    """Their rows are in a good one."""
+    damaged: list[tuple[Location, str]]
+    """With the reason."""
 
 
 class Table:
@@ -55,27 +68,48 @@ class Table:
         self.folder, self.key = locate(folder), list(key)
 
     def shards(self) -> list[Location]:
-        """Complete shards in the order of their names; damaged ones are set aside with a warning, replaced ones are gone.
+        """Complete shards in the order of their names. Damaged ones are left out with a warning; nothing is changed.
 
         Raises:
             InputError: the folder cannot be read; a shard that could not be fetched is not taken for a damaged one.
         """
-        good: list[Location] = []
+        found = self._sorted()
+        for shard, reason in found.damaged:
+            logger.warning("%s cannot be read (%s); its rows count as missing", shard, reason)
+        return found.good
+
+    def repair(self) -> None:
+        """Set damaged shards aside and delete replaced ones; only for who holds the folder for writing.
+
+        Raises:
+            InputError: see `shards`; or the folder cannot be written.
+        """
+        found = self._sorted()
+        for shard, reason in found.damaged:
+            aside = shard.name.removesuffix(SUFFIX) + ".damaged"
+            shard.rename(aside)
+            logger.warning("%s cannot be read (%s); set aside as %s, its rows are computed again", shard, reason, aside)
+        for shard in found.replaced:
+            shard.delete()
+
+    def is_empty(self) -> bool:
+        """Whether no shard is there, damaged ones included."""
+        return not any(name.endswith(SUFFIX) for name in self.folder.entries())
+
+    def _sorted(self) -> _Sorted:
+        """The shards by what is to be done with them."""
+        readable: list[Location] = []
+        damaged: list[tuple[Location, str]] = []
         replaced: set[str] = set()
-        for name in [name for name in self.folder.entries() if name.endswith(".parquet")]:
-            shard = self.folder / name
+        for shard in [self.folder / name for name in self.folder.entries() if name.endswith(SUFFIX)]:
             try:
-                found = _schema(shard).metadata or {}
-                replaced |= set(json.loads(found.get(REPLACES, b"[]")))
-                good.append(shard)
+                about = _schema(shard).metadata or {}
+                replaced |= set(json.loads(about.get(REPLACES, b"[]")))
+                readable.append(shard)
             except (pa.ArrowInvalid, OSError) as error:
-                aside = name.removesuffix(".parquet") + ".damaged"
-                shard.rename(aside)
-                logger.warning("%s cannot be read (%s); set aside as %s, its rows are computed again", shard, error, aside)
-        for shard in good:
-            if shard.name in replaced:
-                shard.delete()
-        return [shard for shard in good if shard.name not in replaced]
+                damaged.append((shard, str(error)))
+        good = [shard for shard in readable if shard.name not in replaced]
+        return _Sorted(good, [shard for shard in readable if shard.name in replaced], damaged)
 
     def write(self, rows: pa.Table) -> None:
         """Add a shard; it appears with all its rows or not at all.
@@ -87,7 +121,7 @@ class Table:
             return
         shard = io.BytesIO()
         pq.write_table(rows, shard, compression="zstd", use_dictionary=False, row_group_size=256)
-        (self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:6]}.parquet").write_bytes(shard.getvalue())
+        (self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:6]}{SUFFIX}").write_bytes(shard.getvalue())
 
     def compact(self) -> None:
         """Join small shards into larger ones. The new one names those it replaces, so a crash loses and doubles nothing."""
@@ -108,7 +142,7 @@ class Table:
                 rows = pa.concat_tables([read_shard(shard) for shard in group])
                 names = json.dumps([shard.name for shard in group]).encode()
                 self.write(rows.replace_schema_metadata({**(rows.schema.metadata or {}), REPLACES: names}))
-        self.shards()
+        self.repair()
 
     def read(self, columns: Sequence[str] | None = None) -> pl.DataFrame | None:
         """All rows, sorted by key, the newest of each key; None where nothing was written."""
@@ -203,17 +237,25 @@ class RunFolder:
         self.generations = Table(self.path / "generations", ["generation_id"])
         self.side_effects = Table(self.path / "side_effects", ["vector_id"])
         """By ids of vector and scale together."""
+        self.unsteered = Table(self.path / "side_effects" / "unsteered", ["settings", "vector_id"])
+        """Baseline of the side effects where the run has none of its own, by the hash of the settings it was measured with."""
         self.battles = Table(self.path / "battles", ["battle_id"])
         self.measures = Table(self.path / "measures", ["generation_id"])
 
     def grades(self, goal: str, settings: str) -> Table:
         """Grades of one goal by one judge; `settings` is the hash of what the judge was told."""
-        return Table(self.path / "grades" / f"{goal}-{settings}", ["generation_id", "criterion"])
+        return Table(self.path / "grades" / f"{goal}-{settings}", GRADE_KEY)
 
     def judged(self, goal: str) -> dict[str, Table]:
         """All grades of one goal, by the hash of what the judge was told."""
         names = [name for name in (self.path / "grades").entries() if name.rpartition("-")[0] == goal]
         return {name.rpartition("-")[2]: self.grades(goal, name.rpartition("-")[2]) for name in sorted(names)}
+
+    def tables(self) -> list[Table]:
+        """All tables that are rows on disk."""
+        fixed = [table for table in vars(self).values() if isinstance(table, Table)]
+        graded = [Table(self.path / "grades" / name, GRADE_KEY) for name in (self.path / "grades").entries()]
+        return [*fixed, *graded]
 
     @property
     def fitting(self) -> Location:
@@ -259,6 +301,8 @@ class RunFolder:
             raise InputError(f"{run.path} is not empty and holds no experiment.toml; give --out a new folder or a run folder")
         with run.locked():
             run.check_effect_settings(effect_settings)
+            for table in run.tables():
+                table.repair()
             (run.path / "experiment.toml").write_text(experiment.to_toml())
             run.update_manifest(versions=versions(), git_commit=git_commit(), seed=experiment.seed)
             run.update_stage("effects", {"settings": dict(effect_settings)})
@@ -267,7 +311,7 @@ class RunFolder:
     def check_effect_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise `InputError` where the folder holds effects measured with other settings; names the keys."""
         before = self.manifest().get("effects", {}).get("settings")
-        if before is None or not (self.effects.shards() or self.baseline.shards()):
+        if before is None or (self.effects.is_empty() and self.baseline.is_empty()):
             return
         different = differing_keys(before, settings)
         if different:

@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign"])
-def test_a_damaged_shard_is_set_aside_with_a_warning_and_its_rows_count_as_missing(
+def test_a_damaged_shard_counts_as_missing_and_only_a_writer_sets_it_aside(
     table: Table, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     table.write(rows(a=1, b=2))
@@ -159,8 +159,11 @@ def test_a_damaged_shard_is_set_aside_with_a_warning_and_its_rows_count_as_missi
     whole = first.read_bytes()
     first.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "foreign": b"these are not the rows you look for"}[damage])
     assert table.ids() == {"c"}
-    assert names(table.folder) == sorted([second.name, first.name.replace(".parquet", ".damaged")])
+    assert names(table.folder) == [first.name, second.name]
     assert first.name in caplog.text
+    assert "its rows count as missing" in caplog.text
+    table.repair()
+    assert names(table.folder) == sorted([second.name, first.name.replace(".parquet", ".damaged")])
     assert "computed again" in caplog.text
     table.write(rows(a=1, b=2))
     assert table.ids() == {"a", "b", "c"}
@@ -347,6 +350,10 @@ def test_compacting_joins_small_shards_and_keeps_every_row(table: Table) -> None
     assert len(names(table.folder)) == 1
 
 
+def interrupt(shard: Location) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_crash_between_joining_shards_and_removing_them_doubles_and_loses_nothing(
     table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,17 +361,48 @@ def test_a_crash_between_joining_shards_and_removing_them_doubles_and_loses_noth
         table.write(pa.table({"key": [str(i)], "value": [i]}))
     before = table.read()
 
-    def crash(shard: Location) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(Location, "delete", crash)
+        patched.setattr(Location, "delete", interrupt)
         with pytest.raises(KeyboardInterrupt):
             table.compact()
-    assert len(names(table.folder)) == 4
     assert sum(len(read_shard(shard)) for shard in table.shards()) == 3
     assert table.read().equals(before)
+    assert len(names(table.folder)) == 4, "reading deletes nothing"
+    table.repair()
     assert len(names(table.folder)) == 1
+    assert table.read().equals(before)
+
+
+def state(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of writing of every file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_reading_a_run_changes_no_file_of_it_and_a_writer_repairs_every_table(
+    tmp_path: Path, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder.create(tmp_path, tiny_experiment, SETTINGS)
+    graded = run.grades("london", "a")
+    tables = [run.effects, run.generations, run.battles, run.measures, run.side_effects, graded]
+    for table in tables:
+        for i in range(2):
+            table.write(pa.table({name: [str(i)] for name in table.key}))
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Location, "delete", interrupt)
+            table.compact()
+        (table.folder / "0.parquet").write_bytes(b"half a shard")
+    before = state(tmp_path)
+    opened = RunFolder(tmp_path)
+    for table in (*opened.tables(), opened.grades("london", "a")):
+        assert len(table.ids()) in (0, 2)
+        assert table.is_empty() == (table.read() is None)
+    assert opened.judged("london").keys() == {"a"}
+    assert state(tmp_path) == before
+    RunFolder.create(tmp_path, tiny_experiment, SETTINGS)
+    for table in tables:
+        assert sorted(Path(name).suffix for name in names(table.folder) if "." in name) == [".damaged", ".parquet"]
+        assert len(table.ids()) == 2
 
 
 def test_large_shards_are_left_alone(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
