@@ -47,16 +47,22 @@ def _check_prompts(experiment: Experiment) -> None:
     for key in ("effects", "evaluation"):
         if getattr(experiment, key).prompt_format == "chat":
             check_chat(tokenizer, f"{key}.prompt_format is 'chat'")
-    tokens = {prompt: len(encode(tokenizer, prompt, effects.prompt_format)) for prompt in effects.prompts}
-    longest = max(tokens, key=tokens.__getitem__)
-    if tokens[longest] >= effects.length:
+    lengths = {prompt: len(encode(tokenizer, prompt, effects.prompt_format)) for prompt in effects.prompts}
+    longest = max(lengths, key=lengths.__getitem__)
+    if lengths[longest] >= effects.length:
         how = "with BOS" if effects.prompt_format == "plain" else "in the chat template"
         raise InputError(
-            f"effects.length is {effects.length}, but prompt {longest!r} is {tokens[longest]} tokens {how}; "
-            f"expected at least {tokens[longest] + 1}"
+            f"effects.length is {effects.length}, but prompt {longest!r} is {lengths[longest]} tokens {how}; "
+            f"expected at least {lengths[longest] + 1}"
         )
-    for prompt in experiment.evaluation.prompts:
-        encode(tokenizer, prompt, experiment.evaluation.prompt_format)
+    evaluation = experiment.evaluation
+    for prompt in evaluation.prompts:
+        tokens = encode(tokenizer, prompt, evaluation.prompt_format)
+        if len(tokens) == 1 and evaluation.positions == "prompt" and not evaluation.bos:
+            raise InputError(
+                f"evaluation.positions is 'prompt' without BOS, and prompt {prompt!r} is BOS alone: nothing of its texts would "
+                "be steered; set evaluation.bos to true, or choose other prompts or positions"
+            )
 
 
 def check_goals(experiment: Experiment) -> list[Goal]:

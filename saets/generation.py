@@ -27,6 +27,7 @@ from saets.records import Generation, GenerationItem
 from saets.sae import load_sae
 from saets.terminal.progress import Silent
 from saets.tokens import completion_text, encode, end_tokens
+from saets.vector.positions import Positions
 
 DENSITY_TOKENS = 8192
 """Of the calibration text: enough to tell a density of one in a hundred from one in fifty."""
@@ -39,6 +40,11 @@ def texts_per_batch(experiment: Experiment) -> int:
     """Completions written together; part of the execution shape."""
     rows = experiment.execution.rows
     return TEXTS_PER_BATCH if rows == "auto" else rows
+
+
+def steered_positions(experiment: Experiment) -> Positions:
+    """Where the evaluation's texts are steered."""
+    return Positions(experiment.evaluation.positions, experiment.evaluation.bos)
 
 
 class SteeringWorker:
@@ -54,9 +60,10 @@ class SteeringWorker:
 
     @cached_property
     def calibrator(self) -> Calibrator:
-        """Finds scales on the experiment's calibration text, as those of measured vectors were found."""
-        settings = self.experiment.effects
-        return Calibrator(self.engine.decoder, calibration_tokens(self.model.tokenizer, settings), scale_rule(settings))
+        """Finds scales on the experiment's calibration text, by the rule for measured vectors; BOS is steered as in texts."""
+        settings, bos = self.experiment.effects, steered_positions(self.experiment).bos
+        tokens = calibration_tokens(self.model.tokenizer, settings)
+        return Calibrator(self.engine.decoder, tokens, scale_rule(settings), bos=bos)
 
     def scale_range(self, direction: NDArray[np.float32]) -> ScaleRange:
         """The scales between which a unit vector is of use. Raises `InputError`: see `Calibrator`."""
@@ -80,6 +87,7 @@ class SteeringWorker:
             torch.stack(vectors) if vectors else None,
             max(starts.values()) + settings.new_tokens,
             share_prompts=False,
+            positions=steered_positions(self.experiment),
         ).tokens
         ends = [starts[item.prompt] + settings.new_tokens for item in items]
         return [

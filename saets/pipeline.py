@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from saets.stages.asking import Asking
 from saets.stages.effects import measure_effects
-from saets.stages.evaluate import check_cost, evaluate
+from saets.stages.evaluate import check_grading, evaluate
 from saets.stages.fit import fit_approximator
 from saets.stages.measures import measure_completions
 from saets.stages.plot import write_plots
@@ -17,15 +18,15 @@ def run_all(session: Session, *, max_cost: float | None = None) -> None:
     """Every stage in order, or published files instead of the first two where the run has none of its own.
 
     `max_cost` is what the judge's calls may cost, in US dollars. `checks.check_all` finds most of what is wrong with an
-    experiment before this is begun.
+    experiment before this is begun; that a judge's server takes key and model is found out first of all.
     """
-    check_cost(session, max_cost)
+    asking = check_grading(session, Asking(max_cost))
     if stands_in(session):
         use_published(session)
     else:
         measure_effects(session)
         fit_approximator(session)
-    evaluate(session, build_vectors(session), max_cost=max_cost)
+    evaluate(session, build_vectors(session), asking=asking)
     measure_completions(session)
     write_results(session)
     write_plots(session)

@@ -88,7 +88,7 @@ def graded(settings: JudgeSettings, ready: Sequence[Generation], batches: Sequen
         log = CallLog(folder / "calls.log")
         judge = OpenAIJudge(settings.model_copy(update={"cache": str(folder / "replies")}), log=log)
         await judge.grade(GOAL, texts(10**9, settings.concurrency))  # opens the connections
-        opened = judge.spending.calls
+        opened = judge.server.spending.calls
         with Appender(Table(folder / "grades", ["generation_id", "criterion"]), grade_rows) as grades:
 
             async def write(batch: Sequence[Generation]) -> Sequence[Generation]:
@@ -102,8 +102,8 @@ def graded(settings: JudgeSettings, ready: Sequence[Generation], batches: Sequen
 
             start, cpu = time.perf_counter(), time.process_time()
             await written_and_graded(batches, write, ready, grade, Workers(1, settings.concurrency, 1))
-            took = Timing(time.perf_counter() - start, time.process_time() - cpu, judge.spending.calls - opened)
-        await judge.close()
+            took = Timing(time.perf_counter() - start, time.process_time() - cpu, judge.server.spending.calls - opened)
+        await judge.server.close()
         log.close()
         return took
 

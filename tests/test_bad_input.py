@@ -64,6 +64,11 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["effects.prompt_format=chat"], "effects.prompt_format is 'chat' has no chat template expected a model"),
         (["evaluation.prompt_format=chat"], "evaluation.prompt_format is 'chat' has no chat template expected a model"),
         (["evaluation.prompt_format=chatty"], "evaluation.prompt_format 'plain' or 'chat' got 'chatty'"),
+        (["evaluation.positions=everywhere"], "evaluation.positions 'all', 'prompt' or 'generated' got 'everywhere'"),
+        (
+            ["evaluation.positions=prompt", "evaluation.bos=false", "evaluation.prompts=['I think', '']"],
+            "evaluation.positions is 'prompt' without BOS prompt '' is BOS alone set evaluation.bos to true",
+        ),
         (["effects.sources=[{stop=3},{start=9}]"], "two sources named 'decoder'"),
         (["effects.top_k=999"], "effects.top_k is 999 the vocabulary has 258 tokens"),
         (["effects.calibration_text=nowhere.txt"], "effects.calibration_text no such file"),

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,18 +18,19 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from chat_server import KEY, Answer, Server, says
+from chat_server import KEY, Answer, Server, message_of, says
 
 from saets.cli import main
 from saets.errors import InputError
 from saets.experiment.config import Experiment
 from saets.experiment.goal import load_goal
 from saets.experiment.loading import load_experiment
-from saets.records import CRITERIA, Generation, Grade
+from saets.records import CRITERIA, Generation, GenerationItem, Grade
 from saets.run_folder.rows import generation_rows, grade_rows
 from saets.run_folder.store import RunFolder
 from saets.scores import statistics
 from saets.scores.battles import BattleTables
+from saets.stages.asking import Asking
 from saets.stages.compare import Wanted, compare
 from saets.stages.evaluate import generation_items, grade_settings
 from saets.stages.session import Session
@@ -47,19 +56,38 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(statistics, "FLIPS", 500)
     for judge in ("local", "openai"):
         with Session.open(experiment(f"judge.kind={judge}", "judge.model=m"), tmp_path / "run") as session:
-            fill(session)
+            fill(session, lambda item: f" {item.method} {item.scale:g}")
     return tmp_path / "run"
 
 
-def fill(session: Session) -> None:
+def of_different_texts(folder: Path, server: Server) -> Path:
+    """A run folder of eight samples, each text another, graded by the model at the server; nothing compared."""
+    asked = ("judge.kind=openai", "judge.model=m", f"judge.base_url={server.url}", "judge.concurrency=4")
+    with Session.open(experiment(*asked, "evaluation.samples=8"), folder) as session:
+        fill(session, lambda item: f" {item.method} {item.scale:g} {item.sample}")
+    return folder
+
+
+DIFFERENT = 2 * BATTLES
+"""Battles of these texts."""
+
+
+def battles_of(out: Path) -> pl.DataFrame:
+    return pl.read_parquet(out / "battles.parquet").sort("battle_id")
+
+
+def of_battles(server: Server) -> Counter[str]:
+    """How often each battle was asked about."""
+    return Counter(message for message in server.messages() if "<text_a>" in message)
+
+
+def fill(session: Session, completion: Callable[[GenerationItem], str]) -> None:
     vectors = {}
     for number, method in enumerate(METHODS):
         vector = SteeringVector(torch.eye(32)[number], session.experiment.hook_name)
         vector.save(session.run.vector("london", method))
         vectors["london", method] = vector
-    texts = [
-        Generation(**asdict(item), completion=f" {item.method} {item.scale:g}") for item in generation_items(session, vectors)
-    ]
+    texts = [Generation(**asdict(item), completion=completion(item)) for item in generation_items(session, vectors)]
     if session.run.generations.read() is None:
         session.run.generations.write(generation_rows(texts))
     grades = [
@@ -171,8 +199,99 @@ def test_failed_battles_stay_failed_until_they_are_asked_for_again(out: Path, se
     server.respond = prefers_sae_ts
     assert fight(out, *asked, criteria=("behaviour",)).strengths.is_empty()
     with Session.open(experiment(*asked), out) as session:
-        tables = compare(session, Wanted(criteria=("behaviour",)), retry_failed=True)
+        tables = compare(session, Wanted(criteria=("behaviour",)), Asking(retry_failed=True))
     assert tables.order["n_failed"].to_list() == [0]
+
+
+def test_a_comparison_that_is_killed_asks_again_only_what_was_in_flight_and_ends_with_the_same_battles(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server answers 30 battles, and then nothing until the process that asks is gone."""
+    monkeypatch.setattr(statistics, "FLIPS", 500)
+    out = of_different_texts(tmp_path / "run", server)
+    stuck, gone, lock = threading.Event(), threading.Event(), threading.Lock()
+    arrived: Counter[str] = Counter()
+
+    def respond(request: dict[str, Any]) -> Answer:
+        with lock:
+            arrived["battles"] += "<text_a>" in message_of(request)
+            if arrived["battles"] > 30:
+                stuck.set()
+        if stuck.is_set():
+            gone.wait(120)
+        return prefers_sae_ts(request)
+
+    server.respond = respond
+    process = subprocess.Popen([sys.executable, "-m", "saets", "compare", str(out)], start_new_session=True)
+    try:
+        assert stuck.wait(300)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        gone.set()
+    assert (out / "calls.log").exists() and not (out / "battles.parquet").exists()
+    assert main(["compare", str(out)]) == 0
+    calls = json.loads((out / "manifest.json").read_text())["judge_calls"]
+    again = sum(count - 1 for count in of_battles(server).values())
+    assert again <= calls["unanswered"] <= 4
+    assert calls["unanswered"] > 0 and calls["sent"] == len(server.requests)
+    assert len(of_battles(server)) == len(battles_of(out)) == DIFFERENT
+    assert battles_of(out)["winner"].null_count() == 0
+    server.respond = prefers_sae_ts
+    undisturbed = of_different_texts(tmp_path / "undisturbed", server)
+    assert main(["compare", str(undisturbed), "--set", f"judge.cache={tmp_path / 'other'}"]) == 0
+    assert battles_of(undisturbed).equals(battles_of(out))
+
+
+PRICES = ("--set", "judge.price_in=10.0", "--set", "judge.price_out=10.0")
+
+
+def test_a_comparison_that_would_cost_more_than_it_may_is_refused_before_any_call(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = of_different_texts(tmp_path / "run", server)
+    assert main(["compare", str(out), "--max-cost", "5"]) == 2
+    assert "set judge.price_in and judge.price_out" in capsys.readouterr().err
+    assert main(["compare", str(out), *PRICES, "--max-cost", "0.01"]) == 2
+    said = capsys.readouterr().err
+    assert f"about {DIFFERENT} calls" in said and "--max-cost is $0.01" in said
+    assert server.requests == []
+
+
+def test_a_ceiling_met_while_comparing_keeps_what_was_fought_and_the_command_goes_on_later(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server counts a token a byte, four times what was estimated."""
+    monkeypatch.setattr(statistics, "FLIPS", 500)
+    out = of_different_texts(tmp_path / "run", server)
+
+    def respond(request: dict[str, Any]) -> Answer:
+        tokens = {"prompt_tokens": len(message_of(request).encode()), "completion_tokens": 200}
+        return says(json.loads(prefers_sae_ts(request).body)["choices"][0]["message"]["content"], tokens)
+
+    server.respond = respond
+    assert main(["compare", str(out), *PRICES, "--max-cost", "0.6"]) == 2
+    assert "--max-cost $0.6 is reached" in capsys.readouterr().err
+    spent = sum(10 * (len(message.encode()) + 200) / 1e6 for message in server.messages())
+    assert 0.5 < spent <= 0.6
+    fought = RunFolder(out).battles.read()
+    assert fought is not None and 0 < len(fought) < DIFFERENT
+    assert main(["compare", str(out), *PRICES, "--max-cost", "50"]) == 0
+    assert len(battles_of(out)) == DIFFERENT
+    assert set(of_battles(server).values()) == {1}
+
+
+def test_a_model_that_never_answers_stops_the_comparison_with_the_reason(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = of_different_texts(tmp_path / "run", server)
+    server.respond = lambda request: says("no idea") if "<text_a>" in message_of(request) else says('{"score": 1}')
+    assert main(["compare", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "50 of 50 battles could not be decided, more than judge.max_failed (0.05): the reply holds no answer" in said
+    assert "`saets compare --retry-failed`" in said
+    assert len(of_battles(server)) < 2 * DIFFERENT
 
 
 def test_battles_that_cannot_be_are_refused_by_name(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

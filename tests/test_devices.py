@@ -24,7 +24,7 @@ from saets.engine.bridge import BridgeDecoder
 from saets.engine.calibration import Calibrator, ScaleRule
 from saets.engine.plain import PlainDecoder, share_weights
 from saets.engine.rollout import RolloutEngine
-from saets.experiment.config import Experiment
+from saets.experiment.config import Evaluation, Experiment
 from saets.experiment.goal import load_goal
 from saets.experiment.model_config import Model, RandomWeights
 from saets.generation import SteeringWorker
@@ -154,8 +154,8 @@ def test_contrast_texts_fluency_and_every_check_run_over_two_devices(tiny_experi
     goal = load_goal("london")
     for side, expected in alone.contrast(goal).items():
         assert np.array_equal(parted.contrast(goal)[side], expected)
-    options: dict[str, Any] = {"prompts": ("I think",), "new_tokens": 6, "top_k": 20, "temperature": 1.0, "seed": 0}
-    assert Coherence(parted.model, **options).mean == Coherence(alone.model, **options).mean
+    settings = Evaluation(prompts=("I think",), new_tokens=6, top_k=20)
+    assert Coherence(parted.model, settings, seed=0).mean == Coherence(alone.model, settings, seed=0).mean
     findings = list(examine(experiment))
     assert [finding.check for finding in findings if not finding.ok] == []
     assert any("cpu:1, cpu:2" in finding.detail for finding in findings)

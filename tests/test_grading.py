@@ -201,7 +201,7 @@ def test_a_ceiling_that_is_met_midway_leaves_texts_ungraded_and_the_command_goes
     server.respond = respond
     assert main(command(out, server, *PRICES, options=("--max-cost", "0.5"))) == 2
     said = capsys.readouterr().err
-    assert "--max-cost $0.5 is reached" in said and "left ungraded" in said
+    assert "--max-cost $0.5 is reached" in said and "the rest is left undone" in said
     spent = sum(10 * (len(message.encode()) + 200) / 1e6 for message in server.messages())
     assert 0.45 < spent <= 0.5
     first = grades(out)

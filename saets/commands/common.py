@@ -52,6 +52,23 @@ def add_command(
     return added
 
 
+def add_max_cost(command: argparse.ArgumentParser) -> None:
+    """Give a command that asks a judge its ceiling."""
+    command.add_argument(
+        "--max-cost", type=_dollars, metavar="USD", help="what the judge's calls of this command may cost; by default no limit"
+    )
+
+
+def _dollars(text: str) -> float:
+    try:
+        usd = float(text)
+    except ValueError:
+        usd = float("nan")
+    if not 0 <= usd < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of US dollars; expected a number such as 2.50")
+    return usd
+
+
 @contextlib.contextmanager
 def session_of(
     options: argparse.Namespace, *, checked: bool = True, goals: bool = False, judge: bool = False, measure: bool = False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from saets.commands.common import Commands, add_command, console, session_of, show_path
+from saets.commands.common import Commands, add_command, add_max_cost, console, session_of, show_path
 from saets.errors import InputError
 from saets.records import CRITERIA, Criterion
 
@@ -23,16 +23,19 @@ def add(commands: Commands) -> None:
     compare.add_argument("--criterion", choices=(*CRITERIA, "both"), default="both")
     compare.add_argument("--samples", type=int, metavar="N", help="only the first N samples of each prompt")
     compare.add_argument("--retry-failed", action="store_true", help="ask again about pairs on which the judge failed")
+    add_max_cost(compare)
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from saets.stages.asking import Asking
     from saets.stages.compare import Wanted, compare
 
     if options.samples is not None and options.samples < 1:
         raise InputError(f"--samples is {options.samples}; expected 1 or more")
     criteria: tuple[Criterion, ...] = CRITERIA if options.criterion == "both" else (options.criterion,)
     with session_of(options, goals=True, judge=True) as session:
-        tables = compare(session, Wanted(options.methods, criteria, options.samples), retry_failed=options.retry_failed)
+        wanted = Wanted(options.methods, criteria, options.samples)
+        tables = compare(session, wanted, Asking(options.max_cost, options.retry_failed))
         _show(tables, local=session.experiment.judge.kind == "local")
         show_path("battles", session.run.path / "battles.parquet")
 

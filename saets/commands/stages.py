@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from saets.commands.common import Commands, add_command, console, errors, experiment_of, session_of, show_path
+from saets.commands.common import Commands, add_command, add_max_cost, console, errors, experiment_of, session_of, show_path
 from saets.errors import InputError
 from saets.experiment.config import HUB_NAME
 from saets.experiment.loading import load_experiment, preset_names
@@ -40,12 +40,7 @@ def add(commands: Commands) -> None:
     for grading in (grade, evaluate):
         grading.add_argument("--retry-failed", action="store_true", help="grade texts again whose grading failed")
     for grading in (run, grade, evaluate):
-        grading.add_argument(
-            "--max-cost",
-            type=_dollars,
-            metavar="USD",
-            help="what the judge's calls of this command may cost; by default no limit",
-        )
+        add_max_cost(grading)
     plot = add_command(commands, "plot", _plot, "draw the plots of what is measured and graded")
     plot.add_argument("--goal", action="append", default=[], dest="goals", help="draw this goal alone; may be repeated")
     plot.add_argument("--method", action="append", default=[], dest="methods", help="draw this method alone; may be repeated")
@@ -154,15 +149,19 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _texts(options: argparse.Namespace, *, generate: bool, grade: bool) -> None:
-    from saets.stages.evaluate import evaluate
+    from saets.stages.asking import Asking
+    from saets.stages.evaluate import check_grading, evaluate
     from saets.stages.measures import measure_completions
     from saets.stages.results import write_results
     from saets.stages.side_effects import measure_side_effects
     from saets.stages.vectors import build_vectors, read_vectors
 
     with session_of(options, goals=True, judge=grade) as session:
+        asking = Asking(options.max_cost, options.retry_failed) if grade else Asking()
+        if generate and grade:
+            asking = check_grading(session, asking)
         vectors = build_vectors(session) if generate else read_vectors(session)
-        evaluate(session, vectors, generate=generate, grade=grade, **_limits(options) if grade else {})
+        evaluate(session, vectors, generate=generate, grade=grade, asking=asking)
         if generate:
             measure_completions(session)
         if grade:
@@ -172,20 +171,6 @@ def _texts(options: argparse.Namespace, *, generate: bool, grade: bool) -> None:
             _show_outcome(session)
         else:
             show_path("completions", session.run.generations.folder)
-
-
-def _limits(options: argparse.Namespace) -> dict[str, Any]:
-    return {"max_cost": options.max_cost, "retry_failed": options.retry_failed}
-
-
-def _dollars(text: str) -> float:
-    try:
-        usd = float(text)
-    except ValueError:
-        usd = float("nan")
-    if not 0 <= usd < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount of US dollars; expected a number such as 2.50")
-    return usd
 
 
 def _plot(options: argparse.Namespace) -> None:

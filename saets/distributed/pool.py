@@ -7,23 +7,19 @@ API grading goes on meanwhile. A call whose process died is tried again on the r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 
 from saets.distributed.cluster import Cluster, actor_count, input_error
 from saets.effects.worker import Failure, Measurement
-from saets.engine.calibration import ScaleRange
 from saets.experiment.config import Experiment
 from saets.experiment.goal import Goal
-from saets.features.contrast import FeatureContrast
 from saets.generation import SteeringWorker
 from saets.judge.local import LocalJudge
-from saets.records import Generation, GenerationItem, Grade, VectorItem
+from saets.records import Generation, Grade, VectorItem
 from saets.scores.disturbance import DisturbanceWorker
 from saets.scores.measures import Measures, measure_texts
 
@@ -34,53 +30,29 @@ Call = Callable[..., Awaitable[Any]]
 TASK_RETRIES = 2
 
 
-class SteeringActor:
-    """A `SteeringWorker`, and on demand a local judge and a worker for side effects that share its model."""
+class SteeringActor(SteeringWorker):
+    """A `SteeringWorker` in an actor, and on demand a local judge and a worker for side effects that share its model."""
 
     def __init__(self, experiment: str) -> None:
-        self.experiment = Experiment.model_validate_json(experiment)
-        if self.experiment.execution.gpus_per_actor == 0:
-            torch.set_num_threads(max(1, int(self.experiment.execution.cpus_per_actor)))
-        self.worker = SteeringWorker(self.experiment)
+        settings = Experiment.model_validate_json(experiment)
+        if settings.execution.gpus_per_actor == 0:
+            torch.set_num_threads(max(1, int(settings.execution.cpus_per_actor)))
+        super().__init__(settings)
         self._judge: LocalJudge | None = None
         self._disturbance: DisturbanceWorker | None = None
 
-    def generate(self, items: Sequence[GenerationItem], directions: Mapping[str, NDArray[np.float32]]) -> list[Generation]:
-        return self.worker.generate(items, directions)
-
     def disturb(self, items: Sequence[VectorItem], scales: Sequence[float], rows: int | None) -> list[Measurement | Failure]:
         if self._disturbance is None:
-            self._disturbance = DisturbanceWorker(self.experiment, self.worker.model, rows)
+            self._disturbance = DisturbanceWorker(self.experiment, self.model, rows)
         return self._disturbance.measure(items, scales)
 
     def measure(self, texts: Sequence[Generation]) -> list[Measures]:
-        return measure_texts(self.worker.model, texts, self.experiment.evaluation.prompt_format)
-
-    def contrast(self, goal: Goal) -> dict[str, NDArray[np.float32]]:
-        return self.worker.contrast(goal)
-
-    def feature_contrast(self, goal: Goal) -> FeatureContrast:
-        return self.worker.feature_contrast(goal)
-
-    def feature_density(self) -> NDArray[np.float32]:
-        return self.worker.feature_density()
-
-    def scale_range(self, direction: NDArray[np.float32]) -> ScaleRange:
-        return self.worker.scale_range(direction)
+        return measure_texts(self.model, texts, self.experiment.evaluation.prompt_format)
 
     def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
         if self._judge is None:
-            evaluation = self.experiment.evaluation
-            self._judge = LocalJudge(
-                self.worker.model,
-                self.experiment.judge.embedder,
-                prompts=evaluation.prompts,
-                new_tokens=evaluation.new_tokens,
-                top_k=evaluation.top_k,
-                temperature=evaluation.temperature,
-                seed=self.experiment.seed,
-                prompt_format=evaluation.prompt_format,
-            )
+            settings = self.experiment
+            self._judge = LocalJudge(self.model, settings.judge.embedder, settings.evaluation, seed=settings.seed)
         return self._judge.grade(goal, texts)
 
 

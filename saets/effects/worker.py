@@ -30,6 +30,7 @@ from saets.records import VectorItem
 from saets.sae import load_sae
 from saets.shapes import Float
 from saets.tokens import encode
+from saets.vector.positions import EVERYWHERE, Positions
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +69,19 @@ class EffectWorker:
         *,
         engine: RolloutEngine | None = None,
         calibrator: Calibrator | None = None,
+        positions: Positions = EVERYWHERE,
     ) -> None:
         """Loads the model and the SAE and runs the calibration text.
 
         `rows` is the number of rows a step that an earlier run recorded; by default `execution.rows`, and where that is `auto`
         as many as the free memory holds. An `engine` given stands for the experiment's model, its hook and its sampling, a
-        `calibrator` for its calibration text.
+        `calibrator` for its calibration text. Rollouts are steered at `positions`.
 
         Raises:
             InputError: see `load_model`, `load_sae`, `RolloutEngine`, `calibration_tokens` and `Calibrator`.
         """
         settings = experiment.effects
-        self.experiment = experiment
+        self.experiment, self._positions = experiment, positions
         self.model: Any = None if engine else load_model(experiment.model)
         """The model as a `TransformerBridge`; None where an engine was given."""
         self.engine = engine or RolloutEngine(
@@ -171,10 +173,13 @@ class EffectWorker:
             rows = [row for place, i in enumerate(filled) for row in self._rollouts(items[i], place)]
             pieces = [rows[at : at + self.rows] for at in range(0, len(rows), self.rows)]
             pieces[-1] += [pieces[-1][-1]] * (self.rows - len(pieces[-1]))
-            acts = [self.engine.run(piece, vectors, settings.length, self._encode).sums for piece in pieces]
+            acts = [self._run(piece, vectors) for piece in pieces]
             whole = torch.cat([part for part in acts if part is not None])[: len(some) * each]
             sums.extend(whole.view(len(some), len(settings.prompts), settings.rollouts, -1))
         return sums
+
+    def _run(self, rows: Sequence[Row], vectors: Tensor) -> Tensor | None:
+        return self.engine.run(rows, vectors, self.experiment.effects.length, self._encode, positions=self._positions).sums
 
     def _rollouts(self, item: VectorItem, place: int) -> list[Row]:
         settings = self.experiment.effects

@@ -79,13 +79,15 @@ class ScaleRange(NamedTuple):
 class Calibrator:
     """Finds scales for one model, hook and calibration text."""
 
-    def __init__(self, decoder: Decoder, tokens: Int[Tensor, "chunks length"], rule: ScaleRule) -> None:
+    def __init__(self, decoder: Decoder, tokens: Int[Tensor, "chunks length"], rule: ScaleRule, *, bos: bool = True) -> None:
         """Runs the calibration text, BOS in front of each chunk, once through the blocks below the hook and once through all.
+
+        `bos` says whether BOS is steered as all other positions are.
 
         Raises:
             InputError: a target that the unsteered model already exceeds.
         """
-        self.decoder, self.rule = decoder, rule
+        self.decoder, self.rule, self._bos = decoder, rule, bos
         self._tokens = tokens.to(decoder.device)
         rows = PASS_ROWS.get(decoder.device.type, 64)
         self._rows = min(rows, len(tokens)) if decoder.device.type == "cpu" else rows
@@ -115,7 +117,7 @@ class Calibrator:
 
     @torch.no_grad()
     def losses(self, steered: Sequence[tuple[Float[Tensor, " d_model"], float]]) -> list[float]:
-        """Mean next-token loss in nats over the calibration text for each (unit vector, scale), at every position, BOS included.
+        """Mean next-token loss in nats over the calibration text for each (unit vector, scale), at every position.
 
         Each figure is the same whatever it is computed together with.
         """
@@ -126,7 +128,10 @@ class Calibrator:
         for part in jobs.split(self._rows):
             filled = torch.cat([part, part[-1:].expand(self._rows - len(part))])
             tokens, at_hook = self._tokens[filled % chunks], filled.to(self._residual.device)
-            residual = self._residual[at_hook % chunks] + added[at_hook // chunks, None]
+            unsteered = self._residual[at_hook % chunks]
+            residual = unsteered + added[at_hook // chunks, None]
+            if not self._bos:
+                residual[:, 0] = unsteered[:, 0]
             logits = self.decoder.upper(tokens[:, :-1], residual)
             sums.append(token_losses(logits, tokens[:, 1:]).double().sum(dim=1)[: len(part)])
         per_vector = torch.cat(sums).view(len(steered), chunks).sum(dim=1)

@@ -28,6 +28,9 @@ BASELINE = "baseline"
 LOSS_RULES = ("loss_increase", "target_loss", "fixed_scale")
 """The ways to choose a vector's scale; an experiment names one."""
 
+SCALE_RULE = (*LOSS_RULES, "scale_grid", "scale_search")
+"""Settings of effects that say how a vector's scale is found."""
+
 METHOD_IDS = ("caa", "sae", "sae_ts", "pinverse", "pinverse_raw", "rotation", "fgaa", "ridge", "constrained")
 """Steering methods, by the ids used in settings, files and columns."""
 
@@ -275,6 +278,10 @@ class Evaluation(Section):
     new_tokens: int = Field(30, ge=1)
     scales: tuple[float, ...] = Field(tuple(float(scale) for scale in range(0, 301, 20)), min_length=1)
     """L2 lengths added to the residual stream."""
+    positions: Literal["all", "prompt", "generated"] = "all"
+    """Which tokens are steered: all, those of the prompt, or those that the model writes."""
+    bos: bool = True
+    """Whether BOS is steered too; it belongs to the prompt."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(50, ge=1)
 

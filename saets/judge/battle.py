@@ -7,21 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from saets.experiment.goal import COHERENCE, Goal
 from saets.judge import clean_text
-from saets.judge.chat import NoReply
 from saets.judge.scores import UnusableReply
 from saets.records import Battle, BattleItem, Generation, Winner
-
-Ask = Callable[[str, Mapping[str, Any]], Awaitable[str]]
-"""`await ask(message, options)` sends a message and gives the reply; raises `NoReply` where none came for good. `options` ask for
-an answer of a certain form, for servers that know them."""
-
-ASKED = 2
-"""How often a model is asked for a usable answer."""
 
 TIE_BAND = 0.05
 """Scores of a local judge that differ by no more are a tie: half a step of the ten that other judges have."""
@@ -75,29 +67,24 @@ _NAMED = re.compile(r"\banswer\b[\"'*]*\s*(?:is|[:=])?\s*[\"'*]*(a|b|tie)\b(?!')
 _BARE = re.compile(r"[\"'*\s(]*(?:text[ _])?(a|b|tie)[\"'*\s).]*", re.IGNORECASE)
 
 
-class AskedBattles:
-    """Has a chat model compare texts."""
+class BattleQuestion(NamedTuple):
+    """Which of two texts is better, as it is asked."""
 
-    def __init__(self, ask: Ask, name: str) -> None:
-        """`name` is the judge's, as it stands in every battle."""
-        self._ask, self._name = ask, name
+    message: str
+    names: tuple[str, ...] = ("answer",)
 
-    async def fight(self, goal: Goal, item: BattleItem, first: Generation, second: Generation) -> Battle:
-        """The battle with its winner, or with the reason why there is none. Equal completions tie without a call."""
-        if first.completion == second.completion:
-            return item.ended("tie", judge=self._name)
-        message = battle_message(goal, item, first, second)
-        asked, reply, reason = message, "", ""
-        for _ in range(ASKED):
-            try:
-                reply = await self._ask(asked, ANSWER_FORMAT)
-                return item.ended(parse_answer(reply), judge=self._name, reply=reply)
-            except UnusableReply as error:
-                reason = str(error)
-                asked = message + REMINDER.format(reason=reason)
-            except NoReply as error:
-                return item.ended(None, judge=self._name, reply=reply, error=str(error))
-        return item.ended(None, judge=self._name, reply=reply, error=f"{reason}; asked {ASKED} times")
+    @property
+    def form(self) -> Mapping[str, Any]:
+        """Options that ask for one of the answers."""
+        return ANSWER_FORMAT
+
+    def read(self, reply: str) -> Winner:
+        """The winner. Raises `UnusableReply`: see `parse_answer`."""
+        return parse_answer(reply)
+
+    def again(self, reason: str) -> BattleQuestion:
+        """The same question with a word on why the last answer could not be used."""
+        return self._replace(message=self.message + REMINDER.format(reason=reason))
 
 
 def compare_scores(item: BattleItem, first: float | None, second: float | None, judge: str) -> Battle:
@@ -110,11 +97,11 @@ def compare_scores(item: BattleItem, first: float | None, second: float | None, 
     return item.ended("first" if first > second else "second", judge=judge, reply=reply)
 
 
-def battle_message(goal: Goal, item: BattleItem, first: Generation, second: Generation) -> str:
-    """The message sent; prompt and completions cannot close the tags that hold them."""
+def question_for(goal: Goal, item: BattleItem, first: Generation, second: Generation) -> BattleQuestion:
+    """What is asked; prompt and completions cannot close the tags that hold them."""
     prompt, one, other = (_TAG.sub("‹", clean_text(text)) for text in (first.prompt, first.completion, second.completion))
     criterion = goal.behaviour if item.criterion == "behaviour" else COHERENCE
-    return TEMPLATE.format(criterion=clean_text(criterion), prompt=prompt, first=one, second=other)
+    return BattleQuestion(TEMPLATE.format(criterion=clean_text(criterion), prompt=prompt, first=one, second=other))
 
 
 def parse_answer(reply: str) -> Winner:
@@ -131,15 +118,6 @@ def parse_answer(reply: str) -> Winner:
         if answers:
             return WINNER_OF[answers.pop()]
     raise UnusableReply("the reply holds no answer A, B or tie")
-
-
-def has_answer(reply: str) -> bool:
-    """Whether `parse_answer` finds one."""
-    try:
-        parse_answer(reply)
-    except UnusableReply:
-        return False
-    return True
 
 
 def _json_answers(reply: str) -> Iterator[str]:

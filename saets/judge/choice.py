@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from saets.experiment.config import JudgeSettings
+from saets.files.storage import shareable
 from saets.judge.embedder import locate_embedder
 from saets.judge.openai import OpenAIJudge
 
 
+def judge_identity(settings: JudgeSettings) -> str:
+    """Tells this judge from others; may hold a path of this machine."""
+    return f"{settings.kind}:{settings.embedder if settings.kind == 'local' else settings.model}"
+
+
 def judge_name(settings: JudgeSettings) -> str:
-    """The judge's name, as it stands in every grade."""
-    if settings.kind == "local":
-        return f"local:{settings.embedder}"
-    return f"openai:{settings.model}"
+    """The judge's name, as it stands in every grade and in tables: of a path the last part."""
+    return f"{settings.kind}:{shareable(settings.embedder if settings.kind == 'local' else settings.model)}"
 
 
 def check_judge(settings: JudgeSettings) -> None:

@@ -76,7 +76,7 @@ def _price_list() -> dict[str, Any]:
 
 
 class Estimate(NamedTuple):
-    """What grading is expected to take."""
+    """What asking a judge is expected to take."""
 
     calls: int
     tokens: Tokens
@@ -92,9 +92,9 @@ class Estimate(NamedTuple):
         """Raise `InputError` where the ceiling lies below this."""
         if ceiling is not None and self.usd is not None and self.usd > ceiling:
             raise InputError(
-                f"grading would take about {self.calls:,} calls of {self.tokens.read / max(1, self.calls):.0f} tokens, "
+                f"this would take about {self.calls:,} calls of {self.tokens.read / max(1, self.calls):.0f} tokens, "
                 f"{dollars(self.usd)} in all, and --max-cost is {dollars(ceiling)}; raise it, or ask for fewer samples, scales, "
-                'goals or methods; judge.calls = "together" takes half the calls'
+                'goals or methods; judge.calls = "together" grades with half the calls'
             )
 
 
@@ -124,8 +124,7 @@ class Spending:
             if not self._flying:
                 raise InputError(
                     f"--max-cost {dollars(self.ceiling)} is reached: {dollars(self.usd)} spent on {self.calls:,} calls. Every "
-                    "grade so far is kept, the other texts are left ungraded; run the same command with a higher --max-cost to "
-                    "go on"
+                    "reply so far is kept, and the rest is left undone; run the same command with a higher --max-cost to go on"
                 )
             await self._settled.wait()
         self._held += cost

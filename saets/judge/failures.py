@@ -1,42 +1,44 @@
-"""Texts that could not be graded: how many, why, and when there are too many to go on."""
+"""What could not be judged: how much, why, and when it is too much to go on."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from saets.errors import InputError
-from saets.records import Grade
 
 ENOUGH = 50
-"""Texts after which a share of failures says something."""
+"""Texts or battles after which a share of failures says something."""
 
 REASONS = 3
 """How many reasons are shown."""
 
 
 class Failures:
-    """Counts graded texts and those of them that failed; a text fails with any of its criteria."""
+    """Counts what was judged, and what of it failed; a text fails with any of its criteria."""
 
-    def __init__(self, most: float) -> None:
-        """`most` is the share that may fail."""
-        self.most, self.texts, self.failed = most, 0, 0
+    def __init__(self, most: float, what: str, command: str) -> None:
+        """`most` is the share that may fail; `what` was done with which `command` is for the reader."""
+        self.most, self.judged, self.failed = most, 0, 0
         self.reasons: Counter[str] = Counter()
+        self._what, self._command = what, command
 
-    def add(self, grades: Sequence[Grade]) -> None:
-        """Count the grades of some texts.
+    def add(self, judged: Iterable[tuple[str, str | None]]) -> None:
+        """Count some, each with its id, which may come several times, and why it failed, or None.
 
         Raises:
-            InputError: of at least `ENOUGH` texts more than `most` failed; names the most frequent reasons.
+            InputError: of at least `ENOUGH` more than `most` failed; names the most frequent reasons.
         """
-        self.texts += len({grade.generation_id for grade in grades})
-        self.failed += len({grade.generation_id for grade in grades if grade.error is not None})
-        self.reasons.update(grade.error for grade in grades if grade.error is not None)
-        if self.texts >= ENOUGH and self.failed > self.most * self.texts:
+        judged = list(judged)
+        reasons = [reason for _, reason in judged if reason is not None]
+        self.judged += len({key for key, _ in judged})
+        self.failed += len({key for key, reason in judged if reason is not None})
+        self.reasons.update(reasons)
+        if self.judged >= ENOUGH and self.failed > self.most * self.judged:
             raise InputError(
-                f"{self.failed} of {self.texts} texts could not be graded, more than judge.max_failed ({self.most:g}): "
-                f"{'; '.join(most_frequent(self.reasons.elements()))}. Every grade is kept; when the reason is gone, "
-                "`saets grade --retry-failed` asks for the failed ones again"
+                f"{self.failed} of {self.judged} {self._what}, more than judge.max_failed ({self.most:g}): "
+                f"{'; '.join(most_frequent(self.reasons.elements()))}. Everything is kept; when the reason is gone, "
+                f"`saets {self._command} --retry-failed` asks for the failed ones again"
             )
 
 

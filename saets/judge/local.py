@@ -19,12 +19,14 @@ from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
+from saets.experiment.config import Evaluation
 from saets.experiment.goal import Examples, Goal
+from saets.files.storage import shareable
 from saets.judge import clean_text
 from saets.judge.embedder import Embedder
 from saets.records import CRITERIA, Generation, Grade
 from saets.scores.measures import CompletionTokens, completion_losses, distinct_share
-from saets.tokens import PromptFormat, completion_text, encode, end_tokens
+from saets.tokens import completion_text, encode, end_tokens
 
 RIDGE = 0.1
 """Penalty on the slope of the calibration, for scores of unit variance: keeps it finite where the examples separate."""
@@ -129,29 +131,23 @@ class Coherence:
     def __init__(
         self,
         model: Any,
+        settings: Evaluation,
         *,
-        prompts: Sequence[str],
-        new_tokens: int,
-        top_k: int,
-        temperature: float,
         seed: int,
-        prompt_format: PromptFormat = "plain",
     ) -> None:
-        """Makes and measures the reference completions, spread over the prompts.
+        """Makes and measures the reference completions, spread over the prompts and sampled as the evaluation's texts.
 
         Raises:
-            InputError: no prompts, or a model that writes nothing after them.
+            InputError: a model that writes nothing after the prompts.
         """
-        if not prompts:
-            raise InputError("the local judge has no prompts to compare with; give at least one")
-        self._model, self._prompt_format = model, prompt_format
-        engine = RolloutEngine(model, "blocks.0.hook_resid_post", top_k=top_k, temperature=temperature)
-        own = self._own_completions(engine, prompts, new_tokens, seed)
+        self._model, self._prompt_format = model, settings.prompt_format
+        engine = RolloutEngine(model, "blocks.0.hook_resid_post", top_k=settings.top_k, temperature=settings.temperature)
+        own = self._own_completions(engine, settings.prompts, settings.new_tokens, seed)
         losses = [fluency.loss for fluency in self.measure(own)]
         if not losses:
             raise InputError(
-                f"the unsteered model ends its text at once after each of {len(set(prompts))} prompts, so the local judge has "
-                "no reference; choose other evaluation.prompts"
+                f"the unsteered model ends its text at once after each of {len(set(settings.prompts))} prompts, so the local "
+                "judge has no reference; choose other evaluation.prompts"
             )
         self.mean = float(np.mean(losses))
         """Mean loss of the unsteered model's own completions."""
@@ -203,30 +199,18 @@ class LocalJudge:
         self,
         model: Any,
         embedder: str,
+        settings: Evaluation,
         *,
-        prompts: Sequence[str],
-        new_tokens: int,
-        top_k: int,
-        temperature: float,
         seed: int,
-        prompt_format: PromptFormat = "plain",
     ) -> None:
         """Loads the embedder and measures the unsteered model's own completions, sampled as the evaluation samples.
 
         Raises:
             InputError: embedder missing (says what to install), or settings the model cannot sample with.
         """
-        self.name = f"local:{embedder}"
+        self.name = f"local:{shareable(embedder)}"
         self.behaviour = Behaviour(Embedder(embedder, next(model.original_model.parameters()).device))
-        self.coherence = Coherence(
-            model,
-            prompts=prompts,
-            new_tokens=new_tokens,
-            top_k=top_k,
-            temperature=temperature,
-            seed=seed,
-            prompt_format=prompt_format,
-        )
+        self.coherence = Coherence(model, settings, seed=seed)
 
     def separation(self, goal: Goal) -> float:
         """See `Behaviour.separation`."""

@@ -3,29 +3,67 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from openai import AsyncOpenAI
 
 from saets.experiment.config import JudgeSettings
 from saets.experiment.goal import Goal
+from saets.files.storage import shareable
 from saets.judge.calls import CallLog
 from saets.judge.chat import ChatServer, NoReply
-from saets.judge.cost import Estimate, Spending, Tokens
-from saets.judge.scores import HIGHEST, LOWEST, UnusableReply, parse_scores
+from saets.judge.cost import Estimate, Tokens
+from saets.judge.scores import HIGHEST, LOWEST, UnusableReply
 from saets.judge.wording import Question, questions_for, score_format
 from saets.records import Generation, Grade
 
 ASKED = 2
-"""How often a model is asked for usable scores."""
+"""How often a model is asked for a usable reply."""
+
+Read = TypeVar("Read", covariant=True)
+
+
+@runtime_checkable
+class Askable(Protocol[Read]):
+    """Something to ask a model."""
+
+    @property
+    def message(self) -> str: ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the answer holds, by name."""
+        ...
+
+    @property
+    def form(self) -> Mapping[str, Any]:
+        """Options for an answer of a certain form, for servers that know them."""
+        ...
+
+    def read(self, reply: str) -> Read:
+        """What a reply says. Raises `UnusableReply`."""
+        ...
+
+    def again(self, reason: str) -> Askable[Read]:
+        """The same, with a word on why the last reply could not be used."""
+        ...
+
+
+class Answer(NamedTuple, Generic[Read]):
+    """What came of asking."""
+
+    found: Read | None
+    """None where nothing usable was said."""
+    reply: str
+    error: str | None
 
 
 class OpenAIJudge:
     """Asks a chat model for integer scores from 1 to 10, a call a criterion or, by `judge.calls`, one for both.
 
-    A reply without usable scores is asked for once more, with the reason. All replies are kept (`judge.cache`), usable or not, so
-    the same texts are graded again without a call; with `retry_failed` unusable ones are asked anew.
+    An unusable reply is asked for once more, with the reason. All replies are kept (`judge.cache`), usable or not, so the same is
+    asked again without a call; with `retry_failed` unusable ones are asked anew.
     """
 
     def __init__(
@@ -38,36 +76,26 @@ class OpenAIJudge:
         client: AsyncOpenAI | None = None,
     ) -> None:
         """Sends nothing yet; `ceiling` is in US dollars. See `ChatServer` for what it raises."""
-        self.name = f"openai:{settings.model}"
+        self.name = f"openai:{shareable(settings.model)}"
+        self.server = ChatServer(settings, ceiling=ceiling, log=log, client=client)
         self._calls, self._retry_failed = settings.calls, retry_failed
-        self._chat = ChatServer(settings, ceiling=ceiling, log=log, client=client)
-
-    @property
-    def spending(self) -> Spending:
-        """Calls and cost so far."""
-        return self._chat.spending
 
     async def check(self) -> None:
-        """See `ChatServer.check`."""
-        await self._chat.check(score_format(("score",)))
-
-    async def close(self) -> None:
-        """See `ChatServer.close`."""
-        await self._chat.close()
-
-    def note(self) -> str:
-        """See `ChatServer.note`."""
-        return self._chat.note()
+        """One call for a score. Raises `InputError`: see `ChatServer.check`."""
+        await self.server.check(score_format(("score",)))
 
     def estimate(self, texts: Iterable[tuple[Goal, Generation]]) -> Estimate:
-        """What grading these texts takes, without those whose replies are kept; a question is counted once, as most are asked."""
+        """What grading these texts takes; see `estimate_of`."""
+        return self.estimate_of(question for goal, text in texts for question in questions_for(goal, text, self._calls))
+
+    def estimate_of(self, questions: Iterable[Askable[object]]) -> Estimate:
+        """What asking takes, without what is settled by replies that are kept; each counts once, as most are asked."""
         calls, tokens = 0, Tokens(0, 0)
-        for goal, text in texts:
-            for question in questions_for(goal, text, self._calls):
-                if not self._is_settled(question):
-                    calls += 1
-                    tokens = tokens.plus(Tokens.expected(question.message, len(question.names)))
-        prices = self.spending.prices
+        for question in questions:
+            if not self._is_settled(question):
+                calls += 1
+                tokens = tokens.plus(Tokens.expected(question.message, len(question.names)))
+        prices = self.server.spending.prices
         return Estimate(calls, tokens, prices.of(tokens) if prices else None)
 
     async def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
@@ -84,56 +112,59 @@ class OpenAIJudge:
             for answer in answers:
                 answer.cancel()
 
-    async def ask(self, message: str, form: Mapping[str, Any], usable: Callable[[str], bool]) -> str:
-        """The reply to any other message, kept or asked for now; see `ChatServer.ask`."""
-        kept = self._chat.recall(message)
-        if kept is not None and not (self._retry_failed and not usable(kept)):
-            return kept
-        return await self._chat.ask(message, form)
+    async def answer(self, question: Askable[Read]) -> Answer[Read]:
+        """What the model says, from what is kept or asked for now, twice at most.
 
-    async def _grades(self, text: Generation, question: Question) -> list[Grade]:
+        Raises:
+            InputError: asking cannot go on; see `ChatServer.ask`.
+        """
         asked, reply, reason = question, "", ""
         for _ in range(ASKED):
             try:
                 reply = await self._reply(asked)
-                scores = parse_scores(reply, asked.names)
-                return [
-                    Grade(text.generation_id, criterion, (scores[name] - LOWEST) / (HIGHEST - LOWEST), reply, None, self.name)
-                    for criterion, name in zip(asked.criteria, asked.names, strict=True)
-                ]
+                return Answer(asked.read(reply), reply, None)
             except UnusableReply as error:
                 asked, reason = question.again(str(error)), str(error)
             except NoReply as error:
-                return self._failed(text, question, reply, str(error))
-        return self._failed(text, question, reply, f"{reason}; asked {ASKED} times")
+                return Answer(None, reply, str(error))
+        return Answer(None, reply, f"{reason}; asked {ASKED} times")
 
-    def _failed(self, text: Generation, question: Question, reply: str, reason: str) -> list[Grade]:
-        return [Grade(text.generation_id, criterion, None, reply, reason, self.name) for criterion in question.criteria]
+    async def _grades(self, text: Generation, question: Question) -> list[Grade]:
+        scores, reply, error = await self.answer(question)
+        return [
+            Grade(text.generation_id, criterion, _share(scores[name]) if scores else None, reply, error, self.name)
+            for criterion, name in zip(question.criteria, question.names, strict=True)
+        ]
 
-    async def _reply(self, question: Question) -> str:
-        kept = self._chat.recall(question.message)
+    async def _reply(self, question: Askable[object]) -> str:
+        kept = self.server.recall(question.message)
         if kept is not None and not (self._retry_failed and _unusable(kept, question)):
             return kept
-        return await self._chat.ask(question.message, score_format(question.names), len(question.names))
+        return await self.server.ask(question.message, question.form, len(question.names))
 
-    def _is_settled(self, question: Question) -> bool:
+    def _is_settled(self, question: Askable[object]) -> bool:
         """Whether the replies that are kept say all there will be."""
         asked = question
         for _ in range(ASKED):
-            kept = self._chat.recall(asked.message)
+            kept = self.server.recall(asked.message)
             if kept is None:
                 return False
-            try:
-                parse_scores(kept, asked.names)
+            reason = _unusable(kept, asked)
+            if reason is None:
                 return True
-            except UnusableReply as error:
-                asked = question.again(str(error))
+            asked = question.again(reason)
         return not self._retry_failed
 
 
-def _unusable(reply: str, question: Question) -> bool:
+def _share(score: int) -> float:
+    """From 1..10 to 0..1."""
+    return (score - LOWEST) / (HIGHEST - LOWEST)
+
+
+def _unusable(reply: str, question: Askable[object]) -> str | None:
+    """Why a reply says nothing; None where it does."""
     try:
-        parse_scores(reply, question.names)
-    except UnusableReply:
-        return True
-    return False
+        question.read(reply)
+    except UnusableReply as error:
+        return str(error)
+    return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from saets.experiment.goal import COHERENCE, Goal
 from saets.judge import clean_text
-from saets.judge.scores import HIGHEST, LOWEST
+from saets.judge.scores import HIGHEST, LOWEST, parse_scores
 from saets.records import CRITERIA, Criterion, Generation
 
 Calls = Literal["each", "together"]
@@ -67,6 +67,15 @@ class Question(NamedTuple):
     criteria: tuple[Criterion, ...]
     names: tuple[str, ...]
     """What the criteria are called in the answer's JSON."""
+
+    @property
+    def form(self) -> Mapping[str, Any]:
+        """Options that ask for integers under these names."""
+        return score_format(self.names)
+
+    def read(self, reply: str) -> dict[str, int]:
+        """The scores in a reply, by name. Raises `UnusableReply`: see `parse_scores`."""
+        return parse_scores(reply, self.names)
 
     def again(self, reason: str) -> Question:
         """The same question with a word on why the last answer could not be used."""

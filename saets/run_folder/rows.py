@@ -228,15 +228,15 @@ def shared_baseline(table: Table) -> Baseline:
     """The baseline of all blocks in a table, which holds at least one."""
     frame = table.read()
     assert frame is not None
-    return _mean_of(frame)
+    return mean_of_blocks(frame)
 
 
 def measured_baseline(blocks: Sequence[Measurement]) -> Baseline:
     """The baseline of blocks that were measured and not written."""
-    return _mean_of(pl.DataFrame(pl.from_arrow(baseline_rows(blocks))))
+    return mean_of_blocks(pl.DataFrame(pl.from_arrow(baseline_rows(blocks))))
 
 
-def _mean_of(frame: pl.DataFrame) -> Baseline:
+def mean_of_blocks(frame: pl.DataFrame) -> Baseline:
     """The mean over all blocks, given as `baseline_rows`, and its standard errors."""
     blocks = frame.sort(pl.col("index"))
     mean = np.asarray(blocks["mean"].to_numpy(), dtype=np.float64).mean(axis=0)

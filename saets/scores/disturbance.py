@@ -14,11 +14,16 @@ from saets.effects.worker import EffectWorker, Failure, Measurement
 from saets.engine.calibration import Calibration, Calibrator, ScaleRule
 from saets.engine.rollout import RolloutEngine
 from saets.experiment.config import Experiment
+from saets.generation import steered_positions
 from saets.records import VectorItem
 
 
 class DisturbanceWorker:
-    """Measures vectors at given scales as `EffectWorker` does at calibrated ones, with the loss on held-out text."""
+    """Measures vectors at given scales as `EffectWorker` does at calibrated ones, with the loss on held-out text.
+
+    Rollouts are steered where the evaluation's texts are. Held-out text is nobody's prompt and nobody's answer: it is steered at
+    every position, at BOS only where that is steered in texts.
+    """
 
     def __init__(self, experiment: Experiment, model: Any, rows: int | None = None) -> None:
         """`model` is a `TransformerBridge`; `rows` is the number of rows a step that the run's effects were measured with.
@@ -28,8 +33,10 @@ class DisturbanceWorker:
         """
         settings = experiment.effects
         engine = RolloutEngine(model, experiment.hook_name, top_k=settings.top_k, temperature=settings.temperature)
-        held_out = Calibrator(engine.decoder, held_out_tokens(engine.tokenizer, settings), ScaleRule(fixed_scale=0.0))
-        self._worker = EffectWorker(experiment, rows, engine=engine, calibrator=held_out)
+        positions = steered_positions(experiment)
+        tokens = held_out_tokens(engine.tokenizer, settings)
+        held_out = Calibrator(engine.decoder, tokens, ScaleRule(fixed_scale=0.0), bos=positions.bos)
+        self._worker = EffectWorker(experiment, rows, engine=engine, calibrator=held_out, positions=positions)
 
     def measure(self, items: Sequence[VectorItem], scales: Sequence[float]) -> list[Measurement | Failure]:
         """One result an item, in order; its `loss` and `unsteered_loss` are those of the held-out text.

@@ -74,8 +74,8 @@ def side_effects_section(side_effects: pl.DataFrame, names: Names) -> str:
         for row in side_effects.iter_rows(named=True)
     ]
     what = (
-        "Perplexity of held-out text, steered at every position (unsteered). Target: mean effect on the goal's features. "
-        "Others: length of the effect on all other features, without what noise adds, ± the length of noise alone."
+        f"Steered at {side_effects['positions'][0]}. Perplexity of held-out text (unsteered). Target: mean effect on the goal's "
+        "features. Others: length of the effect on all other features, without what noise adds, ± the length of noise alone."
     )
     header = ["goal", "method", "scale", "perplexity", "target", "others", "largest other"]
     return f"## Side effects\n\n{what}\n\n{table(header, rows)}"

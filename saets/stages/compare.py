@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -15,18 +14,20 @@ from saets.checks import check_goals
 from saets.errors import InputError, unknown
 from saets.experiment.config import settings_hash
 from saets.experiment.goal import COHERENCE, Goal
-from saets.judge.battle import BATTLE_VERSION, TIE_BAND, AskedBattles, compare_scores, has_answer
-from saets.judge.choice import judge_name
-from saets.judge.openai import OpenAIJudge
+from saets.judge.battle import BATTLE_VERSION, TIE_BAND, BattleQuestion, compare_scores, question_for
+from saets.judge.choice import judge_identity, judge_name
+from saets.judge.failures import Failures
 from saets.records import CRITERIA, UNSTEERED, Battle, BattleItem, Criterion, Generation, content_id
 from saets.run_folder.rows import battle_rows
 from saets.run_folder.store import Appender
 from saets.scores.battles import BattleTables, battle_tables
+from saets.stages.asking import FREELY, Asking, opened_judge
 from saets.stages.evaluate import grade_settings
 from saets.stages.results import graded_texts, read_outcome, write_results, write_table
 from saets.stages.session import Session
 
-Fight = Callable[[Goal, BattleItem, Generation, Generation], Awaitable[Battle]]
+Fight = tuple[Goal, BattleItem, Generation, Generation]
+"""A battle with its goal, and the texts shown first and second."""
 
 
 class Wanted(NamedTuple):
@@ -39,25 +40,26 @@ class Wanted(NamedTuple):
     """Sample numbers of a prompt, from 0; by default all."""
 
 
-def compare(session: Session, wanted: Wanted, *, retry_failed: bool = False) -> BattleTables:
+def compare(session: Session, wanted: Wanted, asking: Asking = FREELY) -> BattleTables:
     """Fight the battles that are missing and write battles.parquet, strengths.parquet and results.md.
 
-    A failed battle counts as fought, and is fought again with `retry_failed`.
+    A failed battle counts as fought, and is fought again only where that is asked for.
 
     Raises:
-        InputError: fewer than two methods, unknown ones, ones without graded texts, or a judge that cannot be used.
+        InputError: fewer than two methods, unknown ones, ones without graded texts; a judge that cannot be used, or would cost
+            more than it may; comparing had to stop. Battles fought by then are kept.
     """
     goals = {goal.id: goal for goal in check_goals(session.experiment)}
     items, texts = battle_items(session, goals, wanted)
     fought = session.run.battles.read()
-    if fought is not None and retry_failed:
+    if fought is not None and asking.retry_failed:
         fought = fought.drop_nulls("winner")
     done = set() if fought is None else set(fought["battle_id"])
     missing = [item for item in items if item.battle_id not in done]
     if missing:
-        settings = session.experiment.judge
-        judge = OpenAIJudge(settings, retry_failed=retry_failed) if settings.kind == "openai" else None
-        asyncio.run(_fight(session, judge, goals, missing, texts, len(items)))
+        fights = [(goals[item.goal], item, texts[item.first_id], texts[item.second_id]) for item in missing]
+        local = session.experiment.judge.kind == "local"
+        asyncio.run(_by_scores(session, fights, len(items)) if local else _asked(session, fights, len(items), asking))
     return _write(session, [item.battle_id for item in items])
 
 
@@ -121,43 +123,34 @@ def _identity(session: Session, goal: Goal) -> str:
     judge = session.experiment.judge
     if judge.kind == "local":
         return settings_hash([grade_settings(session, goal), TIE_BAND])
-    return settings_hash([judge_name(judge), goal.behaviour, COHERENCE, BATTLE_VERSION])
+    return settings_hash([judge_identity(judge), goal.behaviour, COHERENCE, BATTLE_VERSION])
 
 
-async def _fight(
-    session: Session,
-    judge: OpenAIJudge | None,
-    goals: dict[str, Goal],
-    missing: Sequence[BattleItem],
-    texts: dict[str, Generation],
-    total: int,
-) -> None:
-    try:
-        if judge is not None:
-            await judge.check()
-        asked = None if judge is None else AskedBattles(functools.partial(judge.ask, usable=has_answer), judge.name)
-        fight = asked.fight if asked is not None else _by_scores(session)
-        with (
-            Appender(session.run.battles, battle_rows) as out,
-            session.progress.stage("comparing", total, total - len(missing), "battles") as advance,
-        ):
+async def _asked(session: Session, fights: Sequence[Fight], total: int, asking: Asking) -> None:
+    """Has the model behind the server compare."""
+    async with opened_judge(session, asking, lambda judge: judge.estimate_of(_questions(fights))) as judge:
 
-            async def one(item: BattleItem) -> None:
-                out.add([await fight(goals[item.goal], item, texts[item.first_id], texts[item.second_id])])
-                advance(1)
+        async def fight(one: Fight) -> Battle:
+            item = one[1]
+            if _equal(one):
+                return item.ended("tie", judge=judge.name)
+            winner, reply, error = await judge.answer(question_for(*one))
+            return item.ended(winner, judge=judge.name, reply=reply, error=error)
 
-            fights = [asyncio.ensure_future(one(item)) for item in missing]
-            try:
-                await asyncio.gather(*fights)
-            finally:
-                for task in fights:
-                    task.cancel()
-    finally:
-        if judge is not None:
-            await judge.close()
+        await _fought(session, fights, total, fight, judge.server.note)
 
 
-def _by_scores(session: Session) -> Fight:
+def _questions(fights: Sequence[Fight]) -> Iterator[BattleQuestion]:
+    """What is to be asked, each message once: battles of the same texts share a reply."""
+    seen: set[str] = set()
+    for question in (question_for(*fight) for fight in fights if not _equal(fight)):
+        key = content_id(question.message)
+        if key not in seen:
+            seen.add(key)
+            yield question
+
+
+async def _by_scores(session: Session, fights: Sequence[Fight], total: int) -> None:
     """Compares the local judge's own grades."""
     grades = graded_texts(session)[1]
     scores = {
@@ -165,11 +158,48 @@ def _by_scores(session: Session) -> Fight:
     }
     name = judge_name(session.experiment.judge)
 
-    async def fight(goal: Goal, item: BattleItem, first: Generation, second: Generation) -> Battle:
-        one, other = (scores.get((text.generation_id, item.criterion)) for text in (first, second))
-        return compare_scores(item, one, other, name)
+    async def fight(one: Fight) -> Battle:
+        item = one[1]
+        first, second = (scores.get((key, item.criterion)) for key in (item.first_id, item.second_id))
+        return compare_scores(item, first, second, name)
 
-    return fight
+    await _fought(session, fights, total, fight)
+
+
+async def _fought(
+    session: Session,
+    fights: Sequence[Fight],
+    total: int,
+    fight: Callable[[Fight], Awaitable[Battle]],
+    note: Callable[[], str] | None = None,
+) -> None:
+    """Fights all, as many at once as the judge may have calls in flight, and keeps each as it ends."""
+    settings, left = session.experiment.judge, iter(fights)
+    failures = Failures(settings.max_failed, "battles could not be decided", "compare")
+    with (
+        Appender(session.run.battles, battle_rows) as out,
+        session.progress.stage("comparing", total, total - len(fights), "battles", note) as advance,
+    ):
+
+        async def fight_on() -> None:
+            for which in left:
+                battle = await fight(which)
+                out.add([battle])
+                advance(1)
+                failures.add([(battle.battle_id, battle.error)])
+
+        tasks = [asyncio.ensure_future(fight_on()) for _ in range(min(settings.concurrency, len(fights)))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def _equal(fight: Fight) -> bool:
+    """Equal completions tie without a call."""
+    _, _, first, second = fight
+    return first.completion == second.completion
 
 
 def _write(session: Session, ids: Sequence[str]) -> BattleTables:

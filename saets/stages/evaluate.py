@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -19,19 +17,21 @@ from saets.engine.sampling import row_seed
 from saets.experiment.config import Experiment, settings_hash
 from saets.experiment.goal import COHERENCE, Goal
 from saets.experiment.loading import model_settings, sampling_settings
-from saets.generation import texts_per_batch
+from saets.generation import steered_positions, texts_per_batch
 from saets.judge import Judge
-from saets.judge.calls import CallLog, read_calls
-from saets.judge.choice import judge_name
+from saets.judge.choice import judge_identity, judge_name
+from saets.judge.cost import Estimate
 from saets.judge.failures import Failures
 from saets.judge.openai import OpenAIJudge
 from saets.judge.wording import VERSIONS
 from saets.records import CRITERIA, UNSTEERED, Generation, GenerationItem, content_id
 from saets.run_folder.rows import generation_rows, grade_rows
-from saets.run_folder.store import Appender, RunFolder, Table
+from saets.run_folder.store import Appender, Table
+from saets.stages.asking import FREELY, Asking, check_server, opened_judge
 from saets.stages.session import Session
 from saets.stages.stream import Workers, written_and_graded
 from saets.stages.vectors import Pair, read_vectors
+from saets.vector.positions import EVERYWHERE
 from saets.vector.vector import SteeringVector
 
 GRADE_BATCH = 32
@@ -47,13 +47,9 @@ def evaluate(
     *,
     generate: bool = True,
     grade: bool = True,
-    max_cost: float | None = None,
-    retry_failed: bool = False,
+    asking: Asking = FREELY,
 ) -> None:
     """Generate the completions and grades that are missing; `generate` and `grade` choose one half.
-
-    `max_cost` is what the judge's calls of this command may cost, in US dollars. `retry_failed` grades texts again whose grading
-    failed.
 
     Raises:
         InputError: the judge cannot be used, or would cost more (found before any text is generated); grading had to stop: the
@@ -64,33 +60,30 @@ def evaluate(
     have = _read(session, {item.generation_id for item in items})
     missing = [item for item in items if item.generation_id not in have] if generate else []
     tables = grade_tables(session, goals.values()) if grade else {}
-    ungraded = _ungraded(have.values(), tables, retry_failed=retry_failed)
+    ungraded = _ungraded(have.values(), tables, retry_failed=asking.retry_failed)
     rows = texts_per_batch(session.experiment)
     batches = [missing[start : start + rows] for start in range(0, len(missing), rows)]
     if not batches and not ungraded:
         return
 
+    def expected(judge: OpenAIJudge) -> Estimate:
+        texts = (*ungraded, *(expected_text(item, session.experiment) for item in missing))
+        return judge.estimate((goals[text.goal], text) for text in texts)
+
     async def main(call: Call) -> None:
-        with call_log(session.run) if grade and session.experiment.judge.kind == "openai" else nullcontext() as log:
-            judge = _judge(session, call, log, max_cost, retry_failed=retry_failed) if grade else None
-            try:
-                if isinstance(judge, OpenAIJudge):
-                    expected = [expected_text(item, session.experiment) for item in missing]
-                    estimate = judge.estimate((goals[text.goal], text) for text in (*ungraded, *expected))
-                    estimate.check(max_cost)
-                    if estimate.calls:
-                        await judge.check()
+        settings = session.experiment.judge
+        if grade and settings.kind == "openai":
+            async with opened_judge(session, asking, expected) as judge:
                 await overlapped(call, judge)
-            finally:
-                if isinstance(judge, OpenAIJudge):
-                    await judge.close()
+        else:
+            await overlapped(call, PooledJudge(call, judge_name(settings)) if grade else None)
 
     async def overlapped(call: Call, judge: Judge | None) -> None:
         directions = session.pool.share({vector.id: vector.direction.numpy() for vector in vectors.values()}) if batches else None
-        failures = Failures(session.experiment.judge.max_failed)
+        failures = Failures(session.experiment.judge.max_failed, "texts could not be graded", "grade")
 
         def note() -> str:
-            return f"{failures.failed} failed{f', {judge.note()}' if isinstance(judge, OpenAIJudge) else ''}"
+            return f"{failures.failed} failed{f', {judge.server.note()}' if isinstance(judge, OpenAIJudge) else ''}"
 
         with ExitStack() as stack:
             texts = stack.enter_context(Appender(session.run.generations, generation_rows))
@@ -112,31 +105,38 @@ def evaluate(
                 found = await judge.grade(goals[goal], part)
                 grades[goal].add(found)
                 graded(len(part))
-                failures.add(found)
+                failures.add((one.generation_id, one.error) for one in found)
 
             await written_and_graded(batches, write, ungraded, grade_part, _workers(session.experiment))
 
     session.pool.run(main, calls=len(batches) or _local_calls(session, len(ungraded)))
 
 
-def check_cost(session: Session, max_cost: float | None) -> None:
-    """Raise `InputError` where grading would cost more than this, before anything is measured or written.
+def check_grading(session: Session, asking: Asking) -> Asking:
+    """Find out before anything is measured or written that the judge's server answers, and that the ceiling is high enough.
 
     As every text is still to be written, what is graded already is subtracted by number.
+
+    Raises:
+        InputError: see `opened_judge`.
     """
+    if session.experiment.judge.kind == "local":
+        return asking
+    return check_server(session, asking, functools.partial(_whole_run, session))
+
+
+def _whole_run(session: Session, judge: OpenAIJudge) -> Estimate:
+    """What grading takes that a run has still before it."""
     experiment = session.experiment
-    if max_cost is None or experiment.judge.kind == "local":
-        return
     settings, methods = experiment.evaluation, experiment.steering.methods
     points = len(methods) * sum(scale > 0 for scale in settings.scales) + (0 in settings.scales)
     goals = check_goals(experiment)
-    judge = OpenAIJudge(experiment.judge.model_copy(update={"cache": False}), ceiling=max_cost)
     items = [GenerationItem("", goal.id, "", "", 0.0, prompt, 0, 0) for goal in goals for prompt in settings.prompts]
     of_goal = {goal.id: goal for goal in goals}
     one_each = judge.estimate((of_goal[item.goal], expected_text(item, experiment)) for item in items)
     wanted = points * settings.samples * len(items)
     there = sum(len(table.ids()) for table in grade_tables(session, goals).values()) // len(CRITERIA)
-    one_each.times(max(0, wanted - there) / len(items)).check(max_cost)
+    return one_each.times(max(0, wanted - there) / len(items))
 
 
 def generation_items(session: Session, vectors: dict[Pair, SteeringVector]) -> list[GenerationItem]:
@@ -144,7 +144,8 @@ def generation_items(session: Session, vectors: dict[Pair, SteeringVector]) -> l
 
     A vector that was left at its own length (`pinverse_raw`) is added at each scale times that length, which is the scale of the
     table then: all methods stand on one axis.
-    A completion's noise is seeded by prompt and sample number alone, so methods and scales share it.
+    A completion's noise is seeded by prompt and sample number alone, so methods and scales share it. Where other positions than
+    all are steered, they are part of the ids of steered texts.
     """
     experiment = session.experiment
     settings = experiment.evaluation
@@ -156,12 +157,15 @@ def generation_items(session: Session, vectors: dict[Pair, SteeringVector]) -> l
         if scale > 0
     ]
     unsteered = [(goal, UNSTEERED, UNSTEERED, 0.0) for goal in dict.fromkeys(goal for goal, _ in vectors) if 0 in settings.scales]
+    positions = steered_positions(experiment)
+    steered_at = () if positions == EVERYWHERE else (str(positions),)
     items = []
     for (goal, method, vector, scale), prompt, sample in itertools.product(
         [*unsteered, *steered], settings.prompts, range(settings.samples)
     ):
         seed = row_seed(experiment.seed, "evaluation", prompt, sample)
-        key = content_id(identity, goal, method, vector, scale, prompt, sample, seed)
+        at = steered_at if scale else ()
+        key = content_id(identity, goal, method, vector, scale, prompt, sample, seed, *at)
         items.append(GenerationItem(key, goal, method, vector, scale, prompt, sample, seed))
     return items
 
@@ -182,7 +186,7 @@ def begun_texts(session: Session, vectors: dict[Pair, SteeringVector]) -> tuple[
 def grade_settings(session: Session, goal: Goal) -> str:
     """A hash of all that a grade of this goal depends on besides the text."""
     experiment = session.experiment
-    told: dict[str, Any] = {"judge": judge_name(experiment.judge), "behaviour": goal.behaviour, "coherence": COHERENCE}
+    told: dict[str, Any] = {"judge": judge_identity(experiment.judge), "behaviour": goal.behaviour, "coherence": COHERENCE}
     if experiment.judge.kind == "openai":
         told["template"] = VERSIONS[experiment.judge.calls]
     else:
@@ -194,44 +198,6 @@ def grade_settings(session: Session, goal: Goal) -> str:
 def grade_tables(session: Session, goals: Iterable[Goal]) -> dict[str, Table]:
     """The grades of each goal by the experiment's judge."""
     return {goal.id: session.run.grades(goal.id, grade_settings(session, goal)) for goal in goals}
-
-
-@contextlib.contextmanager
-def call_log(run: RunFolder) -> Iterator[CallLog]:
-    """A log of the calls to a judge, whose count goes into the manifest at the end; that of a killed command at the beginning.
-
-    It lies in the run folder, and for one that is no folder of this machine among its temporary files.
-    """
-    place = run.path.local or Path(tempfile.gettempdir()) / f"saets-{content_id(str(run.path))}"
-    path = place / "calls.log"
-    _settle_calls(run, path)
-    log = CallLog(path)
-    try:
-        yield log
-    finally:
-        log.close()
-        _settle_calls(run, path)
-
-
-def _settle_calls(run: RunFolder, path: Path) -> None:
-    found = read_calls(path)
-    if found.sent:
-        before = run.manifest().get("judge_calls", {})
-        now = {
-            "sent": found.sent,
-            "unanswered": found.unanswered,
-            "tokens_in": found.tokens.read,
-            "tokens_out": found.tokens.written,
-        }
-        run.update_manifest(judge_calls={name: before.get(name, 0) + number for name, number in now.items()})
-    path.unlink(missing_ok=True)
-
-
-def _judge(session: Session, call: Call, log: CallLog | None, max_cost: float | None, *, retry_failed: bool) -> Judge:
-    settings = session.experiment.judge
-    if settings.kind == "local":
-        return PooledJudge(call, judge_name(settings))
-    return OpenAIJudge(settings, ceiling=max_cost, retry_failed=retry_failed, log=log)
 
 
 def _workers(experiment: Experiment) -> Workers:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from saets.distributed.pool import Call
 from saets.errors import InputError
-from saets.experiment.config import LOSS_RULES
+from saets.experiment.config import SCALE_RULE
 from saets.experiment.goal import Features, Goal, goal_features
 from saets.experiment.loading import model_settings
 from saets.features.contrast import MAINLY_EARLY
 from saets.files.tensors import read_tensors
 from saets.fit.approximator import EffectApproximator
+from saets.generation import steered_positions
 from saets.methods import formulas as methods
 from saets.methods.rotation import procrustes
 from saets.model import model_shape
@@ -27,6 +28,7 @@ from saets.run_folder.store import RunFolder
 from saets.sae import load_sae
 from saets.shapes import Float
 from saets.stages.session import Session
+from saets.vector.positions import EVERYWHERE
 
 READ_BY_ACTORS = {
     "positive": ("contrast",),
@@ -35,7 +37,7 @@ READ_BY_ACTORS = {
 }
 """Ingredients that come from a goal's contrast texts, and the methods of `SteeringActor` that read them."""
 
-SCALES = (*LOSS_RULES, "scale_grid", "scale_search", "calibration_text", "calibration_chunks", "calibration_length")
+SCALES = (*SCALE_RULE, "calibration_text", "calibration_chunks", "calibration_length")
 """Settings of effects by which scales are found."""
 
 
@@ -196,6 +198,8 @@ def made_from(session: Session, goal: Goal, method: str) -> dict[str, Any]:
         "options": methods.options_of(method, experiment.steering.model_dump()),
     }
     facts["scales"] = experiment.effects.model_dump(include=set(SCALES))
+    if (positions := steered_positions(experiment)) != EVERYWHERE:  # as all vectors were before there was a choice
+        facts["positions"] = positions.to_json()
     if names & READ_BY_ACTORS.keys():
         facts["contrast"] = goal.contrast.model_dump()
     if names - {"positive", "negative"}:

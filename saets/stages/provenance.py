@@ -14,6 +14,7 @@ from saets.engine.calibration import ONSET, ScaleRange
 from saets.experiment.config import LOSS_RULES
 from saets.experiment.goal import Goal, goal_features
 from saets.files.storage import shareable
+from saets.generation import steered_positions
 from saets.methods import formulas as methods
 from saets.stages.ingredients import made_from
 from saets.stages.session import Session
@@ -68,7 +69,9 @@ def recommended_scales(session: Session, vectors: Sequence[SteeringVector]) -> l
 
         found = session.pool.run(main, calls=len(vectors))
     settings = session.experiment.effects
-    rule = {name: value for name in LOSS_RULES if (value := getattr(settings, name)) is not None}
+    rule: dict[str, Any] = {name: value for name in LOSS_RULES if (value := getattr(settings, name)) is not None}
+    if not steered_positions(session.experiment).bos:
+        rule["bos"] = False
     return [{**_scales(each), **rule} for each in found]
 
 

@@ -42,8 +42,7 @@ def push(where: Where, target: hub.Source, progress: Progress, *, private: bool 
             raise InputError(f"{run.path} holds nothing to push; run `saets run` or `saets fit` first")
         fit = json.loads((run.path / "fit.json").read_text()) if "fit.json" in there else None
         files = {name: _shareable_file(name, location, experiment, Path(folder)) for name, location in there.items()}
-        shown = Experiment.model_validate(shareable(experiment.model_dump(mode="json", exclude_none=True)))
-        files["README.md"] = card(shown, target, list(there), fit, run.manifest()).encode()
+        files["README.md"] = card(_shareable_settings(experiment), target, list(there), fit, run.manifest()).encode()
         with progress.stage(f"pushing to {target}", len(files), 0, "files") as advance:
             url = hub.push(target, files, f"{experiment.name}, by saets", owned=REPLACED, private=private)
             advance(len(files))
@@ -61,13 +60,18 @@ def _files(run: RunFolder, *, effects: bool) -> Iterator[tuple[str, Location]]:
         yield from ((f"effects/baseline/{shard.name}", shard) for shard in run.baseline.shards())
 
 
+def _shareable_settings(experiment: Experiment) -> Experiment:
+    """The settings without paths, passwords, and where the judge's server and its replies are."""
+    settings = experiment.model_dump(mode="json", exclude_none=True)
+    for key in ("base_url", "cache"):
+        settings["judge"].pop(key, None)
+    return Experiment.model_validate(shareable(settings))
+
+
 def _shareable_file(name: str, location: Location, experiment: Experiment, folder: Path) -> Path | bytes:
     """The file as it goes up; one of an object store is copied to this machine, since effects may not fit into memory."""
     if name == "experiment.toml":
-        settings = experiment.model_dump(mode="json", exclude_none=True)
-        for key in ("base_url", "cache"):
-            settings["judge"].pop(key, None)
-        return Experiment.model_validate(shareable(settings)).to_toml().encode()
+        return _shareable_settings(experiment).to_toml().encode()
     if name.endswith(".json"):
         return json.dumps(shareable(json.loads(location.read_text())), indent=1).encode()
     if name.endswith(".safetensors"):

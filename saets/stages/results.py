@@ -10,6 +10,7 @@ import polars as pl
 
 from saets.checks import check_goals
 from saets.errors import InputError
+from saets.generation import steered_positions
 from saets.plots.looks import display_names
 from saets.records import UNSTEERED
 from saets.scores import page as results_page
@@ -19,6 +20,7 @@ from saets.scores.battles import battle_tables
 from saets.scores.summary import Summary, summarise
 from saets.stages.evaluate import grade_settings, wanted_generations
 from saets.stages.session import Session
+from saets.vector.positions import EVERYWHERE
 
 
 class Outcome(NamedTuple):
@@ -94,7 +96,10 @@ def _sections(session: Session, outcome: Outcome, agreement: pl.DataFrame) -> It
     if (side_effects := _read_table(session, "side_effects")) is not None:
         vectors = generations.select("goal", "method", "vector_id").unique()
         at_scale = outcome.summary.select("goal", "method", "scale").join(vectors, on=("goal", "method"))
-        present = side_effects.join(at_scale, on=("goal", "method", "scale", "vector_id"), how="semi", maintain_order="left")
+        at_scale = at_scale.with_columns(pl.lit(str(steered_positions(session.experiment))).alias("positions"))
+        if "positions" not in side_effects.columns:  # as all were measured before there was a choice
+            side_effects = side_effects.with_columns(pl.lit(str(EVERYWHERE)).alias("positions"))
+        present = side_effects.join(at_scale, on=at_scale.columns, how="semi", maintain_order="left")
         if len(present):
             yield results_page.side_effects_section(present, names)
     if (battles := _read_table(session, "battles")) is not None:

@@ -9,6 +9,7 @@ from saets.checks import check_goals
 from saets.errors import InputError
 from saets.experiment.config import settings_hash
 from saets.experiment.goal import Goal
+from saets.generation import steered_positions
 from saets.methods import formulas as methods
 from saets.stages.ingredients import Ingredients, Shared, made_from, read_texts
 from saets.stages.provenance import provenance, recommended_scales
@@ -64,7 +65,8 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
             advance(1)
     ranges = recommended_scales(session, list(built.values())) if built else []
     for (pair, vector), scales in zip(built.items(), ranges, strict=True):
-        built[pair] = replace(vector, provenance={**vector.provenance, "scales": scales})
+        facts = {**vector.provenance, "scales": scales}
+        built[pair] = replace(vector, provenance=facts, positions=steered_positions(experiment))
         built[pair].save(run.vector(*pair))
     if failures:
         raise failures[0]

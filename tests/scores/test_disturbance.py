@@ -10,12 +10,14 @@ import pytest
 
 from saets.effects.calibration_text import calibration_tokens, held_out_tokens
 from saets.effects.worker import EffectWorker, Measurement, baseline_items
+from saets.engine.calibration import Calibration
 from saets.errors import InputError
 from saets.experiment.config import Experiment
 from saets.records import VectorItem, unit
 from saets.run_folder.rows import measured_baseline
 from saets.scores.disturbance import DisturbanceWorker, shift_of
 from saets.scores.page import side_effects_section
+from saets.vector.positions import Positions
 
 SCALES = [4.0, 12.0]
 
@@ -36,6 +38,25 @@ def test_a_vector_does_at_a_given_scale_what_it_does_at_that_calibrated_one(tiny
         assert np.allclose(measured.mean, alone.mean, atol=1e-6)
         assert measured.calibration.scale == scale
         assert measured.calibration.loss != pytest.approx(alone.calibration.loss, abs=1e-6), "another text"
+
+
+@pytest.mark.parametrize("places", [{"positions": "generated"}, {"positions": "prompt"}, {"positions": "all", "bos": False}])
+def test_rollouts_are_steered_where_the_evaluations_texts_are(
+    tiny: Any, tiny_experiment: Experiment, places: dict[str, Any]
+) -> None:
+    evaluation = tiny_experiment.evaluation.model_copy(update=places)
+    experiment = tiny_experiment.model_copy(update={"evaluation": evaluation})
+    positions = Positions(evaluation.positions, evaluation.bos)
+    (item,), scale = items(32)[:1], 12.0
+    (found,) = DisturbanceWorker(experiment, tiny).measure([item], [scale])
+    calibrated = [Calibration(scale, 0.0, "fixed")]
+    (by_hand,) = EffectWorker(experiment, positions=positions).measure_at([item], calibrated)
+    (everywhere,) = DisturbanceWorker(tiny_experiment, tiny).measure([item], [scale])
+    assert isinstance(found, Measurement) and isinstance(by_hand, Measurement) and isinstance(everywhere, Measurement)
+    assert np.allclose(found.mean, by_hand.mean, atol=1e-6)
+    assert not np.allclose(found.mean, everywhere.mean, atol=1e-4)
+    same_text = found.calibration.loss == pytest.approx(everywhere.calibration.loss, abs=1e-6)
+    assert same_text == positions.bos, "held-out text is steered at all positions, at BOS where texts are"
 
 
 def test_scale_0_changes_no_loss_and_unsteered_blocks_have_no_effect_on_average(tiny: Any, tiny_experiment: Experiment) -> None:
@@ -88,6 +109,8 @@ def test_noise_alone_is_no_shift_on_average() -> None:
 
 def test_the_page_shows_perplexities_and_shifts() -> None:
     row = {"goal": "london", "method": "caa", "scale": 40.0, "perplexity": 30.0, "unsteered_perplexity": 20.0}
+    row["positions"] = "generated tokens"
     shift = {"target": float("nan"), "others": 1.5, "noise": 0.25, "largest": 7, "largest_effect": -0.5, "n_rollouts": 12}
     page = side_effects_section(pl.DataFrame([{**row, **shift}]), {"caa": "CAA"})
     assert "| london | CAA | 40 | 30.0 (20.0) | – | 1.500 ± 0.250 | 7: -0.500 |" in page
+    assert "Steered at generated tokens." in page

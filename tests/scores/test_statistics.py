@@ -134,6 +134,36 @@ def test_swaps_by_hand() -> None:
     assert counts / len(found) == pytest.approx([0.25] * 4, abs=0.02)
 
 
+def by_enumeration(one: Pair, other: Pair) -> float:
+    """The exact p of a difference of held-out scores: the share of all ways to swap samples that differ at least as much."""
+    texts = [[half.cells[sample] for half in pair for sample in range(len(half.cells))] for pair in (one, other)]
+    even = len(one[0].cells)
+
+    def score_of(cells: list[NDArray[np.float64]]) -> float:
+        halves = []
+        for half in (cells[:even], cells[even:]):
+            means = [sum(cell[scale] for cell in half) / len(half) for scale in range(len(half[0]))]
+            halves.append([mean[0] * mean[1] for mean in means])
+        first, second = (products.index(max(products)) for products in halves)
+        return (halves[1][first] + halves[0][second]) / 2
+
+    differences = []
+    for swaps in itertools.product((False, True), repeat=len(texts[0])):
+        ours = [texts[swap][i] for i, swap in enumerate(swaps)]
+        theirs = [texts[not swap][i] for i, swap in enumerate(swaps)]
+        differences.append(score_of(ours) - score_of(theirs))
+    return float(np.mean([abs(difference) >= abs(differences[0]) - 1e-12 for difference in differences]))
+
+
+@pytest.mark.parametrize(("shift", "seed"), [(0.0, 0), (0.15, 1), (0.3, 2), (0.5, 3)])
+def test_the_simulated_p_is_that_of_all_swaps_written_out(shift: float, seed: int) -> None:
+    """Ten samples, three scales: 1,024 ways to swap."""
+    pair = method(RISING[:3], FALLING[:3], 10, seed), method(RISING[:3] + shift, FALLING[:3], 10, 50 + seed)
+    exact = by_enumeration(*pair)
+    error = np.sqrt(exact * (1 - exact) / statistics.FLIPS)
+    assert difference_p(*pair) == pytest.approx(exact, abs=4 * error + 1 / statistics.FLIPS)
+
+
 def test_every_pair_is_tested_and_a_third_method_changes_nothing(few_flips: None) -> None:
     three = [method(RISING - shift, FALLING, 16, 7) for shift in (0, 0.1, 0.2)]
     together = swapped_differences(three, seed=1)
