@@ -260,15 +260,55 @@ def test_failed_grades_are_shown_with_reasons_kept_and_asked_again_only_when_tol
     assert grades(out)["score"].null_count() == 0
 
 
-def test_a_wrong_key_or_model_is_found_by_one_call(server: Server, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for status, expected in ((401, "refused OPENAI_API_KEY"), (404, "has no model 'm'")):
-        server.requests.clear()
-        server.respond = lambda request, status=status: fails(status, f"not with {KEY}")
-        assert main(command(out, server)) == 2
-        said = capsys.readouterr().err
-        assert expected in said and KEY not in said
-        assert len(server.requests) == 1
-    assert not (out / "grades").exists()
+NOBODY = "http://127.0.0.1:9/v1"
+"""Port 9 is that of `discard`, at which nobody listens."""
+
+
+@pytest.mark.parametrize("name", ["run", "evaluate", "grade", "compare"])
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(401, "refused OPENAI_API_KEY"), (404, "has no model 'm'"), (None, f"{NOBODY}/ (judge.base_url) cannot be reached")],
+)
+def test_what_is_wrong_with_the_server_is_found_before_anything_is_measured_or_built(
+    name: str, status: int | None, expected: str, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray is not even started."""
+    out = tmp_path / "new" if name in ("run", "evaluate") else written(tmp_path / "written")
+    if name == "compare":
+        server.respond = steady
+        assert main(command(out, server)) == 0
+    server.requests.clear()
+    if status is not None:
+        server.respond = lambda request: fails(status, f"not with {KEY}")
+    address = () if status is not None else (f"judge.base_url={NOBODY}", "judge.max_retries=0")
+    before = {path for path in out.rglob("*") if path.is_dir()}
+    capsys.readouterr()
+    assert main([name, *command(out, server, *address)[1:]]) == 2
+    said = capsys.readouterr().err
+    assert expected in said and KEY not in said and said.count("\n") == 1
+    assert len(server.requests) == (status is not None)
+    assert {path for path in out.rglob("*") if path.is_dir()} == before, "no stage has begun to write"
+
+
+def test_no_key_is_found_before_anything_else(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "evaluate", "grade", "compare"):
+        assert main([name, *command(tmp_path / "new", server)[1:]]) == 2
+        assert "OPENAI_API_KEY is not set" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists() and server.requests == []
+
+
+@pytest.mark.parametrize("name", ["run", "evaluate"])
+def test_a_ceiling_below_the_estimate_is_refused_before_anything_is_measured_or_built(
+    name: str, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = command(tmp_path / "new", server, *PRICES, options=("--max-cost", "0.01"))
+    assert main([name, *options[1:]]) == 2
+    assert f"about {2 * TEXTS} calls" in capsys.readouterr().err
+    assert server.requests == [] and not (tmp_path / "new" / "vectors").exists()
 
 
 def test_the_key_is_in_nothing_that_grading_writes(

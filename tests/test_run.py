@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 import ray
 import torch
-from chat_server import KEY, Server, says, steady
+from chat_server import KEY, Server, fails, says, steady
 from safetensors.torch import load_file
 
 from saets.cli import main
@@ -313,6 +318,45 @@ def test_the_key_reaches_no_process_and_no_file_of_ray(
     session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
     assert list(session.glob("logs/*.log"))
     assert not files_with(KEY, out, session, tmp_path / "cache")
+    assert KEY not in repr(known_to_ray())
+    assert KEY not in "".join(Path(f"/proc/{pid}/{name}").read_text("utf-8", "replace") for pid in below() for name in SEEN)
+
+
+SEEN = ("environ", "cmdline")
+"""What other processes of a machine may read of one."""
+
+
+def known_to_ray() -> list[object]:
+    """Job metadata, runtime_env, actors and everything in the store that all nodes share."""
+    from ray._private.state import state
+    from ray.experimental import internal_kv
+
+    context = ray.get_runtime_context()
+    kept = [(key, internal_kv._internal_kv_get(key)) for key in internal_kv._internal_kv_list(b"")]
+    assert kept and state.job_table() and state.actor_table(None)
+    return [context.runtime_env, context.get_job_id(), state.job_table(), state.actor_table(None), kept]
+
+
+def below() -> list[int]:
+    """Processes that this one started, and those that they started."""
+    return [child.pid for child in psutil.Process().children(recursive=True)]
+
+
+def test_an_error_that_repeats_the_key_shows_it_nowhere(
+    cluster: Cluster, folder: Path, tmp_path: Path, server: Server, finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.respond = lambda request: fails(401, f"Incorrect API key provided: {KEY}")
+    out = tmp_path / "judged"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns(".lock", "generations", "grades"))
+    sets = [
+        word for change in ("judge.kind=openai", f"judge.base_url={server.url}", "judge.model=m") for word in ("--set", change)
+    ]
+    assert main(["--verbose", "evaluate", str(folder / "mine.toml"), "--out", str(out), *sets]) == 2
+    printed = capfd.readouterr()
+    assert "refused OPENAI_API_KEY" in printed.err and "[key]" in printed.err
+    assert KEY not in printed.out + printed.err
+    assert not files_with(KEY, out)
+    assert not (out / "generations").exists() and len(server.requests) == 1
 
 
 def files_with(word: str, *folders: Path) -> list[Path]:
@@ -332,6 +376,81 @@ def test_side_effects_are_measured_once_at_each_methods_scale(cluster: Cluster, 
     shards = out.side_effects.shards()
     assert main(["evaluate", str(folder / "mine.toml"), "--out", str(finished), "--side-effects"]) == 0
     assert [shard.name for shard in out.side_effects.shards()] == [shard.name for shard in shards]
+
+
+DIES = """
+import os, signal, sys
+from saets.cli import main
+from saets.run_folder.store import Table
+
+write = Table.write
+
+def write_and_die(self, rows):
+    write(self, rows)
+    if self.folder.name == "side_effects":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Table.write = write_and_die
+main(sys.argv[1:])
+"""
+"""A command that is killed as soon as the first side effect is on disk."""
+
+
+def test_side_effects_that_are_killed_go_on_after_those_that_were_measured(
+    cluster: Cluster, folder: Path, finished: Path, tmp_path: Path
+) -> None:
+    """In a run without a baseline of its own, as after `saets pull`."""
+    outs = [tmp_path / name for name in ("killed", "undisturbed")]
+    for out in outs:
+        shutil.copytree(finished, out, ignore=shutil.ignore_patterns(".lock", "effects", "side_effects*"))
+    killed, undisturbed = ([*side_effects_command(folder, out)] for out in outs)
+    process = subprocess.Popen([sys.executable, "-c", DIES, *killed], start_new_session=True)
+    try:
+        assert process.wait(timeout=300) == -signal.SIGKILL
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = contents(outs[0] / "side_effects")
+    assert len(RunFolder(outs[0]).side_effects.ids()) == 1 and len(RunFolder(outs[0]).unsteered.ids()) == 2
+    assert main(killed) == 0
+    after = contents(outs[0] / "side_effects")
+    assert {name: after[name] for name in before} == before, "what was measured is kept"
+    assert len(after) == len(before) + 2, "and the two others are measured, each written by itself"
+    assert main(undisturbed) == 0
+    found, expected = (pl.read_parquet(out / "side_effects.parquet") for out in outs)
+    assert len(found) == 3
+    assert np.array_equal(found["effect"].to_numpy(), expected["effect"].to_numpy())
+    assert found.drop("effect").equals(expected.drop("effect"))
+
+
+def side_effects_command(folder: Path, out: Path, *changes: str) -> list[str]:
+    """Each vector by itself, and all methods at the scale that is steered."""
+    sets = [word for change in ("evaluation.scales=[4]", "execution.rows=6", *changes) for word in ("--set", change)]
+    return ["evaluate", str(folder / "mine.toml"), "--out", str(out), "--side-effects", *sets]
+
+
+def test_texts_steered_at_generated_tokens_stand_beside_the_others_and_their_vectors_say_so(
+    cluster: Cluster, folder: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "generated"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns(".lock", "side_effects*"))
+    before = RunFolder(out).generations.read()
+    assert before is not None
+    assert main([*side_effects_command(folder, out, "evaluation.scales=[0, 4]", "evaluation.positions=generated")]) == 0
+    after = RunFolder(out).generations.read()
+    assert after is not None
+    added = after.join(before, on="generation_id", how="anti")
+    assert set(added["method"]) == {"caa", "sae", "sae_ts"}, "unsteered texts are kept"
+    assert added.select("method", "vector_id").unique().join(before, on=("method", "vector_id"), how="anti").is_empty()
+    both = added.join(before, on=("method", "scale", "prompt", "sample"), suffix="_everywhere")
+    assert (both["completion"] != both["completion_everywhere"]).any()
+    for method in ("caa", "sae", "sae_ts"):
+        vector = SteeringVector.load(out / "vectors" / f"london--{method}.safetensors")
+        assert vector.positions == Positions("generated")
+        assert vector.provenance["scales"]["bos"] is False
+    if "## Side effects" in (out / "results.md").read_text():
+        assert "Steered at generated tokens." in (out / "results.md").read_text()
 
 
 def test_a_run_in_a_bucket_goes_to_results_and_plots_and_is_not_computed_twice(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from saets.scores import statistics
 from saets.scores.bradley_terry import fit_strengths
+from saets.scores.statistics import Spread, one_by_one
 from saets.scores.summary import ALL_GOALS
 
 WINNERS = ("first", "second", "tie")
@@ -49,21 +50,34 @@ class BattleTables(NamedTuple):
     `consistent`: of pairs of texts shown in both orders, the share with the same verdict; `n` battles, without the `n_failed`."""
 
 
-def battle_tables(battles: pl.DataFrame, *, seed: int = 0) -> BattleTables:
+def battle_tables(battles: pl.DataFrame, *, seed: int = 0, spread: Spread = one_by_one) -> BattleTables:
     """Tables of battles with the columns goal, criterion, prompt, sample, first, second, winner (one of `WINNERS`, null where it
     failed) and judge. Intervals draw sample numbers within prompts, as those of scores do, each with all its battles.
+    Each goal and criterion is one item of `spread`.
     """
     groups = [(str(goal), group) for (goal,), group in battles.sort("goal").group_by("goal", maintain_order=True)]
     if len(groups) > 1:
         groups.append((ALL_GOALS, battles))
-    strengths: list[dict[str, Any]] = []
-    order: list[dict[str, Any]] = []
-    for goal, of_goal in groups:
-        for (criterion,), group in of_goal.sort("criterion").group_by("criterion", maintain_order=True):
-            place = {"goal": goal, "criterion": criterion, "judge": group["judge"][0], "seed": seed}
-            strengths += [{**place, **row} for row in _strengths(group, seed)]
-            order.append({**place, **_order(group, seed)})
-    return BattleTables(pl.DataFrame(strengths, schema=_STRENGTHS), pl.DataFrame(order, schema=_ORDER))
+    parts = [
+        (goal, str(criterion), group, seed)
+        for goal, of_goal in groups
+        for (criterion,), group in of_goal.sort("criterion").group_by("criterion", maintain_order=True)
+    ]
+    found: list[_Rows] = spread(_rows, parts)
+    strengths = [row for rows in found for row in rows.strengths]
+    return BattleTables(pl.DataFrame(strengths, schema=_STRENGTHS), pl.DataFrame([rows.order for rows in found], schema=_ORDER))
+
+
+class _Rows(NamedTuple):
+    strengths: list[dict[str, Any]]
+    order: dict[str, Any]
+
+
+def _rows(goal: str, criterion: str, battles: pl.DataFrame, seed: int) -> _Rows:
+    """The rows of both tables about one goal and criterion."""
+    place = {"goal": goal, "criterion": criterion, "judge": battles["judge"][0], "seed": seed}
+    strengths = [{**place, **row} for row in _strengths(battles, seed)]
+    return _Rows(strengths, {**place, **_order(battles, seed)})
 
 
 def _strengths(battles: pl.DataFrame, seed: int) -> list[dict[str, Any]]:

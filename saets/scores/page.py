@@ -30,6 +30,7 @@ def scores_section(summary: Summary, names: Names) -> str:
         "Mean behaviour x mean coherence, the scale chosen on one half of the samples and scored on the other.",
     ]
     lines += ["", score_table(rows, names).rstrip("\n"), "", _legend(comparisons, int(rows["seed"][0]))]
+    lines += ["", "## Optimistic maximum", "", OPTIMISTIC, "", _maxima(rows, names)]
     shown = comparisons.filter(pl.col("goal").is_in(overall["goal"].unique().implode())) if len(overall) else comparisons
     if len(shown):
         lines += ["", "## Differences", "", _differences(shown, names)]
@@ -129,6 +130,27 @@ def agreement_section(agreement: pl.DataFrame) -> str:
     ]
     header = ["goal", "criterion", "judges", "rank correlation", "weighted kappa", "mean difference", "texts"]
     return f"## Agreement of judges\n\n{table(header, rows)}"
+
+
+OPTIMISTIC = (
+    "The largest score over all scales, on the texts that chose it: the paper's figure, the more too high the fewer samples and "
+    "the more scales there are."
+)
+
+
+def _maxima(rows: pl.DataFrame, names: Names) -> str:
+    """Goals by methods: the largest score over the scales, and at which."""
+    methods = _ordered(set(rows["method"]), names)
+    lines = []
+    for (goal,), group in rows.group_by("goal", maintain_order=True):
+        cells = {row["method"]: _maximum_cell(row) for row in group.iter_rows(named=True)}
+        lines.append([str(goal), *(cells.get(method, "–") for method in methods)])
+    return table(["goal", *(names.get(method, method) for method in methods)], lines).rstrip("\n")
+
+
+def _maximum_cell(row: Mapping[str, Any]) -> str:
+    at = "" if row["scale"] is None else f" at {row['scale']:g}"
+    return figure(row["optimistic_max"]) + at
 
 
 def score_table(rows: pl.DataFrame, names: Names | None = None) -> str:

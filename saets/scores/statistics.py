@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,15 @@ LEVEL = 0.05
 _FLIPS_AT_ONCE = 500
 _ROUNDING = 1e-12
 """Two statistics nearer than this are equal."""
+
+
+Spread = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
+"""`spread(work, items)` gives `work(*item)` for each item, in order; where it is done is its own affair."""
+
+
+def one_by_one(work: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """A `Spread` in this process."""
+    return [work(*item) for item in items]
 
 
 class Half(NamedTuple):

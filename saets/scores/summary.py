@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from saets.records import CRITERIA
 from saets.scores import statistics
 from saets.scores.results import COUNTS, by_method
-from saets.scores.statistics import Half, HeldOut
+from saets.scores.statistics import Half, HeldOut, Spread, one_by_one
 
 ALL_GOALS = "all goals"
 """Stands for the mean over goals where a row belongs to no single one."""
@@ -72,19 +72,19 @@ def summary_table(texts: pl.DataFrame, *, seed: int = 0) -> pl.DataFrame:
     return summarise(texts, seed=seed).methods
 
 
-def summarise(texts: pl.DataFrame, *, seed: int = 0) -> Summary:
+def summarise(texts: pl.DataFrame, *, seed: int = 0, spread: Spread = one_by_one) -> Summary:
     """The methods of each goal, and every pair of them compared.
 
     A row of `comparisons` is about the held-out score of `method` minus that of `other`: the `difference`; its 95% interval over
     the resamples, which both scores share; `p` of a paired test over the `n` samples, see `statistics.swapped_differences`; and
     `p_adjusted` by Holm's method over all goals and pairs (over all pairs, for the rows of `ALL_GOALS`). The methods differ where
-    that is below `statistics.LEVEL`.
+    that is below `statistics.LEVEL`. Resamples and swaps of each goal are one item of `spread`.
 
     Raises:
         InputError: no texts.
     """
     groups = by_method(texts).group_by("goal", maintain_order=True)
-    goals = [_scored_goal(str(goal), group, seed) for (goal,), group in groups]
+    goals: list[_Goal] = spread(_scored_goal, [(str(goal), group, seed) for (goal,), group in groups])
     overall = _overall(goals)
     comparisons = [_comparisons(some, seed) for some in (goals, overall)]
     methods, means = (_methods(some, pairs, seed) for some, pairs in zip((goals, overall), comparisons, strict=True))

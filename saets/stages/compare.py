@@ -11,6 +11,7 @@ from typing import NamedTuple
 import polars as pl
 
 from saets.checks import check_goals
+from saets.distributed.tasks import spread
 from saets.errors import InputError, unknown
 from saets.experiment.config import settings_hash
 from saets.experiment.goal import COHERENCE, Goal
@@ -207,7 +208,7 @@ def _write(session: Session, ids: Sequence[str]) -> BattleTables:
     if fought is None:
         raise InputError("there is no pair of texts to compare; give a higher --samples, or run `saets evaluate` first")
     fought = fought.filter(pl.col("battle_id").is_in(ids))
-    tables = battle_tables(fought, seed=session.experiment.seed)
+    tables = battle_tables(fought, seed=session.experiment.seed, spread=spread)
     write_table(session, "battles", fought)
     write_table(session, "strengths", tables.strengths)
     write_results(session)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import polars as pl
 
 from saets.checks import check_goals
+from saets.distributed.tasks import spread
 from saets.errors import InputError
 from saets.generation import steered_positions
 from saets.plots.looks import display_names
@@ -52,7 +53,7 @@ def read_outcome(session: Session) -> Outcome:
     """
     generations, grades = graded_texts(session)
     texts = results.paired(generations, grades)
-    return Outcome(generations, texts, summarise(texts, seed=session.experiment.seed))
+    return Outcome(generations, texts, summarise(texts, seed=session.experiment.seed, spread=spread))
 
 
 def graded_texts(session: Session) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -106,7 +107,7 @@ def _sections(session: Session, outcome: Outcome, agreement: pl.DataFrame) -> It
         known = generations["generation_id"].implode()
         present = battles.filter(pl.all_horizontal(pl.col("first_id", "second_id").is_in(known)))
         if len(present):
-            yield results_page.battles_section(battle_tables(present, seed=session.experiment.seed), names)
+            yield results_page.battles_section(battle_tables(present, seed=session.experiment.seed, spread=spread), names)
     if len(agreement):
         yield results_page.agreement_section(agreement)
 

@@ -117,8 +117,9 @@ def test_prompts_are_strata() -> None:
 def test_the_page_marks_winners_and_ties_and_says_how() -> None:
     found = summarise(texts(MEANS), seed=7)
     page = scores_section(found, {"sae_ts": "SAE-TS", "caa": "CAA", "sae": "SAE"})
+    table = page.partition("## Optimistic maximum")[0]
     rows = {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in page.splitlines() if "|" in line
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in table.splitlines() if "|" in line
     }
     assert rows["goal"] == ["SAE-TS", "CAA", "SAE"] or "SAE-TS" in page
     assert rows["anger"][0].startswith("**")
@@ -126,6 +127,8 @@ def test_the_page_marks_winners_and_ties_and_says_how() -> None:
     assert [cell[-1] for cell in rows["praise"]] == ["=", "=", "]"]
     assert "seed 7" in page
     assert "2,000 resamples" in page
+    best = found.methods.filter(pl.col("goal") == "anger", pl.col("method") == "caa").row(0, named=True)
+    assert "## Optimistic maximum" in page and f"{best['optimistic_max']:.3f} at {best['scale']:g}" in page
 
 
 def test_a_table_of_one_method_marks_nothing_and_keeps_odd_goals_in_their_cells() -> None:

@@ -1,0 +1,60 @@
+"""Work without weights: the same in tasks of other processes as in this one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from saets.distributed.cluster import Cluster
+from saets.distributed.tasks import spread
+from saets.errors import InputError
+from saets.experiment.loading import load_experiment
+from saets.scores.summary import Summary, summarise
+from tests.scores.test_summary import MEANS, texts
+
+
+def whose(number: int) -> tuple[int, int]:
+    return number, os.getpid()
+
+
+def refuse(number: int) -> None:
+    raise InputError(f"number {number} is not wanted")
+
+
+def assert_same(one: Summary, other: Summary) -> None:
+    assert all(left.equals(right) for left, right in zip(one, other, strict=True))
+
+
+def test_without_ray_the_work_is_done_here() -> None:
+    assert not ray.is_initialized()
+    assert spread(whose, [(i,) for i in range(3)]) == [(i, os.getpid()) for i in range(3)]
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(load_experiment("tiny").execution) as cluster:
+        cluster.connect()
+        yield cluster
+
+
+@pytest.mark.ray
+def test_with_ray_other_processes_do_it_in_order_and_more_items_than_processes_are_no_matter(cluster: Cluster) -> None:
+    found = spread(whose, [(i,) for i in range(20)])
+    assert [number for number, _ in found] == list(range(20))
+    assert os.getpid() not in {process for _, process in found}
+
+
+@pytest.mark.ray
+def test_what_the_work_finds_wrong_is_raised(cluster: Cluster) -> None:
+    with pytest.raises(InputError, match="^number 7 is not wanted$"):
+        spread(refuse, [(7,)])
+
+
+@pytest.mark.ray
+def test_tables_are_the_same_wherever_they_are_computed(cluster: Cluster) -> None:
+    frame = texts(MEANS)
+    assert_same(summarise(frame, seed=3, spread=spread), summarise(frame, seed=3))
