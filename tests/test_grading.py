@@ -301,6 +301,33 @@ def test_no_key_is_found_before_anything_else(
     assert not (tmp_path / "new").exists() and server.requests == []
 
 
+def test_the_key_may_stand_in_a_file_beside_the_experiment(
+    server: Server, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text(f"OPENAI_API_KEY={KEY}\n")
+    server.respond = steady
+    assert main(command(out, server)) == 0
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".env"]
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_what_a_run_has_before_it_counts_no_text_whose_replies_are_kept(
+    server: Server, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The texts of `again` were all graded in `out`; a third scale is still to be written."""
+    server.respond = steady
+    assert main(command(out, server)) == 0
+    again = written(tmp_path / "again")
+    server.requests.clear()
+    options = command(again, server, *PRICES, "evaluation.scales=[0, 8, 16, 32]", options=("--max-cost", "0.01"))
+    assert main(["evaluate", *options[1:]]) == 2
+    assert f"about {2 * 2 * 2 * SAMPLES} calls" in capsys.readouterr().err, "goals, methods, criteria"
+    assert server.requests == []
+
+
 @pytest.mark.parametrize("name", ["run", "evaluate"])
 def test_a_ceiling_below_the_estimate_is_refused_before_anything_is_measured_or_built(
     name: str, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -83,6 +83,11 @@ class Estimate(NamedTuple):
     usd: float | None
     """None where no price is known."""
 
+    def plus(self, other: Estimate) -> Estimate:
+        """The estimate for both together."""
+        usd = None if self.usd is None or other.usd is None else self.usd + other.usd
+        return Estimate(self.calls + other.calls, self.tokens.plus(other.tokens), usd)
+
     def times(self, factor: float) -> Estimate:
         """The estimate for so many times as much."""
         tokens = Tokens(round(self.tokens.read * factor), round(self.tokens.written * factor))

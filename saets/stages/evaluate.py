@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
+from operator import contains
 from typing import Any
 
 import polars as pl
@@ -115,7 +116,7 @@ def evaluate(
 def check_grading(session: Session, asking: Asking) -> Asking:
     """Find out before anything is measured or written that the judge's server answers, and that the ceiling is high enough.
 
-    As every text is still to be written, what is graded already is subtracted by number.
+    Texts that are still to be written are counted by number, since their vectors may be yet to be built.
 
     Raises:
         InputError: see `opened_judge`.
@@ -126,17 +127,18 @@ def check_grading(session: Session, asking: Asking) -> Asking:
 
 
 def _whole_run(session: Session, judge: OpenAIJudge) -> Estimate:
-    """What grading takes that a run has still before it."""
+    """What grading takes that a run has still before it: of texts that are there, and of as many as are to be written."""
     experiment = session.experiment
     settings, methods = experiment.evaluation, experiment.steering.methods
+    goals = {goal.id: goal for goal in check_goals(experiment)}
     points = len(methods) * sum(scale > 0 for scale in settings.scales) + (0 in settings.scales)
-    goals = check_goals(experiment)
-    items = [GenerationItem("", goal.id, "", "", 0.0, prompt, 0, 0) for goal in goals for prompt in settings.prompts]
-    of_goal = {goal.id: goal for goal in goals}
-    one_each = judge.estimate((of_goal[item.goal], expected_text(item, experiment)) for item in items)
-    wanted = points * settings.samples * len(items)
-    there = sum(len(table.ids()) for table in grade_tables(session, goals).values()) // len(CRITERIA)
-    return one_each.times(max(0, wanted - there) / len(items))
+    named = (goals, (*methods, UNSTEERED), settings.prompts)
+    there = [text for text in _texts(session) if all(map(contains, named, (text.goal, text.method, text.prompt)))]
+    ungraded = _ungraded(there, grade_tables(session, goals.values()), retry_failed=False)
+    items = [GenerationItem("", goal, "", "", 0.0, prompt, 0, 0) for goal in goals for prompt in settings.prompts]
+    one_each = judge.estimate((goals[item.goal], expected_text(item, experiment)) for item in items)
+    missing = max(0, points * settings.samples * len(items) - len(there))
+    return judge.estimate((goals[text.goal], text) for text in ungraded).plus(one_each.times(missing / len(items)))
 
 
 def generation_items(session: Session, vectors: dict[Pair, SteeringVector]) -> list[GenerationItem]:
@@ -214,14 +216,17 @@ def expected_text(item: GenerationItem, experiment: Experiment) -> Generation:
     return Generation(**asdict(item), completion="x" * (CHARACTERS_A_TOKEN * experiment.evaluation.new_tokens))
 
 
+def _texts(session: Session) -> Iterator[Generation]:
+    """All completions of the run."""
+    frame = session.run.generations.read()
+    if frame is not None:
+        names = [field.name for field in fields(Generation)]
+        yield from (Generation(**row) for row in frame.select(names).iter_rows(named=True))
+
+
 def _read(session: Session, wanted: set[str]) -> dict[str, Generation]:
     """Completions of the run that the experiment asks for, by id."""
-    frame = session.run.generations.read()
-    if frame is None:
-        return {}
-    names = [field.name for field in fields(Generation)]
-    found = (Generation(**row) for row in frame.select(names).iter_rows(named=True))
-    return {text.generation_id: text for text in found if text.generation_id in wanted}
+    return {text.generation_id: text for text in _texts(session) if text.generation_id in wanted}
 
 
 def _ungraded(texts: Iterable[Generation], tables: dict[str, Table], *, retry_failed: bool) -> list[Generation]:
