@@ -47,10 +47,8 @@ def measure_side_effects(session: Session) -> None:
     done = session.run.side_effects.ids()
     todo = {key: pair for pair, key in keys.items() if key not in done}
     if todo:
-        items = {
-            key: (VectorItem(key, "chosen", None, vectors[pair].direction.numpy()), chosen[pair]) for key, pair in todo.items()
-        }
-        _measure(session, items, identity)
+        items = [VectorItem(key, "chosen", None, vectors[pair].direction.numpy()) for key, pair in todo.items()]
+        _measure(session, list(zip(items, map(chosen.__getitem__, todo.values()), strict=True)), identity)
     rows = _table(session, keys, {pair: vector.id for pair, vector in vectors.items()})
     if rows is not None:
         write_table(session, "side_effects", rows)
@@ -73,7 +71,7 @@ def measurement_identity(session: Session) -> str:
     return settings_hash(settings)
 
 
-def _measure(session: Session, items: dict[str, tuple[VectorItem, float]], identity: str) -> None:
+def _measure(session: Session, items: list[tuple[VectorItem, float]], identity: str) -> None:
     """Measure items at their scales, each written when it is there; before them what is missing of the baseline."""
     run = session.run
     of_run = not run.baseline.is_empty()
@@ -89,7 +87,7 @@ def _measure(session: Session, items: dict[str, tuple[VectorItem, float]], ident
     with session.progress.stage("measuring side effects", len(blocks) + len(items), 0, "vectors") as advance:
         _disturb(session, [(block, 0.0) for block in blocks], keep_blocks, advance)
         baseline = shared_baseline(run.baseline) if of_run else mean_of_blocks(_blocks(session, identity))
-        _disturb(session, list(items.values()), keep, advance)
+        _disturb(session, items, keep, advance)
 
 
 def _blocks(session: Session, identity: str) -> pl.DataFrame:
