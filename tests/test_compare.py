@@ -235,7 +235,9 @@ def test_a_comparison_that_is_killed_asks_again_only_what_was_in_flight_and_ends
     calls = json.loads((out / "manifest.json").read_text())["judge_calls"]
     again = sum(count - 1 for count in of_battles(server).values())
     assert again <= calls["unanswered"] <= 4
-    assert calls["unanswered"] > 0 and calls["sent"] == len(server.requests)
+    assert calls["unanswered"] > 0
+    on_the_way = calls["sent"] - len(server.requests)
+    assert 0 <= on_the_way <= calls["unanswered"], "a call is counted before it is sent, so a kill may come between"
     assert len(of_battles(server)) == len(battles_of(out)) == DIFFERENT
     assert battles_of(out)["winner"].null_count() == 0
     server.respond = prefers_sae_ts
