@@ -58,8 +58,7 @@ def evaluate(
     """
     goals = {goal.id: goal for goal in check_goals(session.experiment)}
     items = generation_items(session, vectors)
-    wanted = {item.generation_id for item in items}
-    have = {text.generation_id: text for text in _texts(session) if text.generation_id in wanted}
+    have = _read(session, {item.generation_id for item in items})
     missing = [item for item in items if item.generation_id not in have] if generate else []
     tables = grade_tables(session, goals.values()) if grade else {}
     ungraded = _ungraded(have.values(), tables, retry_failed=asking.retry_failed)
@@ -181,9 +180,9 @@ def wanted_generations(session: Session, generations: pl.DataFrame) -> pl.DataFr
 
 def begun_texts(session: Session, vectors: dict[Pair, SteeringVector]) -> tuple[list[Generation], list[Generation]]:
     """The texts that the run has of those asked for with these vectors and unsteered; and those of them without all grades."""
-    wanted = {item.generation_id for item in generation_items(session, vectors)}
-    there = [text for text in _texts(session) if text.generation_id in wanted]
-    return there, _ungraded(there, grade_tables(session, check_goals(session.experiment)), retry_failed=False)
+    have = _read(session, {item.generation_id for item in generation_items(session, vectors)})
+    tables = grade_tables(session, check_goals(session.experiment))
+    return list(have.values()), _ungraded(have.values(), tables, retry_failed=False)
 
 
 def grade_settings(session: Session, goal: Goal) -> str:
@@ -223,6 +222,11 @@ def _texts(session: Session) -> Iterator[Generation]:
     if frame is not None:
         names = [field.name for field in fields(Generation)]
         yield from (Generation(**row) for row in frame.select(names).iter_rows(named=True))
+
+
+def _read(session: Session, wanted: set[str]) -> dict[str, Generation]:
+    """Completions of the run that the experiment asks for, by id."""
+    return {text.generation_id: text for text in _texts(session) if text.generation_id in wanted}
 
 
 def _ungraded(texts: Iterable[Generation], tables: dict[str, Table], *, retry_failed: bool) -> list[Generation]:
