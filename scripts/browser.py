@@ -238,6 +238,8 @@ class Page:
         while time.monotonic() < deadline:
             if value := self.evaluate(f"new Promise((done) => setTimeout(() => done({look}), 16))"):
                 return value
+            if self.problems:
+                raise PageError("\n".join(self.problems))
         raise PageError(f"{condition}: not true after {PATIENCE:g} seconds")
 
     def press(self, *keys: str, shift: bool = False) -> None:

@@ -41,6 +41,12 @@ class Session:
         with run.locked(), Cluster(experiment.execution, verbose=verbose) as cluster:
             yield cls(experiment, run, cluster, SteeringPool(experiment, cluster), progress or Silent(), measure)
 
+    @classmethod
+    def reading(cls, experiment: Experiment, where: Where) -> Session:
+        """A finished run to look at: the folder is neither made nor locked nor changed, and Ray is never started."""
+        cluster = Cluster(experiment.execution)
+        return cls(experiment, RunFolder(where), cluster, SteeringPool(experiment, cluster), Silent())
+
     def shipped(self) -> RunFolder | None:
         """The effects that come with the experiment, where it names some and they may be used.
 
