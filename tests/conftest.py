@@ -1,5 +1,5 @@
 """The tiny random-weight model and its experiment, in float32 on the CPU whatever the machine has, and one of them that chats;
-a chat server; a bucket."""
+a chat server; a bucket; a browser."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import Browser, find_chromium
 from chat_server import KEY, Server
 
 from saets.effects.worker import EffectWorker, Measurement, baseline_items, describe
@@ -126,3 +127,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
         return locate(tmp_path / "place")
     folder: Location = request.getfixturevalue("remote")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A Chromium without a window, for pages."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium is installed; Debian: apt-get install chromium")
+    with Browser(program) as browser:
+        yield browser

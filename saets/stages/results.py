@@ -17,7 +17,7 @@ from saets.records import UNSTEERED
 from saets.scores import page as results_page
 from saets.scores import results
 from saets.scores.agreement import agreement_table
-from saets.scores.battles import battle_tables
+from saets.scores.battles import BattleTables, battle_tables
 from saets.scores.summary import Summary, summarise
 from saets.stages.evaluate import grade_settings, wanted_generations
 from saets.stages.session import Session
@@ -94,22 +94,36 @@ def _sections(session: Session, outcome: Outcome, agreement: pl.DataFrame) -> It
     if (measures := session.run.measures.read()) is not None:
         by_scale = results.measure_table(generations, measures, ("goal", "method", "scale"))
         yield results_page.measures_section(by_scale, outcome.summary, names)
-    if (side_effects := _read_table(session, "side_effects")) is not None:
-        vectors = generations.select("goal", "method", "vector_id").unique()
-        at_scale = outcome.summary.select("goal", "method", "scale").join(vectors, on=("goal", "method"))
-        at_scale = at_scale.with_columns(pl.lit(str(steered_positions(session.experiment))).alias("positions"))
-        if "positions" not in side_effects.columns:  # as all were measured before there was a choice
-            side_effects = side_effects.with_columns(pl.lit(str(EVERYWHERE)).alias("positions"))
-        present = side_effects.join(at_scale, on=at_scale.columns, how="semi", maintain_order="left")
-        if len(present):
-            yield results_page.side_effects_section(present, names)
-    if (battles := _read_table(session, "battles")) is not None:
-        known = generations["generation_id"].implode()
-        present = battles.filter(pl.all_horizontal(pl.col("first_id", "second_id").is_in(known)))
-        if len(present):
-            yield results_page.battles_section(battle_tables(present, seed=session.experiment.seed, spread=spread), names)
+    if (side_effects := side_effects_of(session, outcome)) is not None:
+        yield results_page.side_effects_section(side_effects, names)
+    if (battles := battles_of(session, outcome)) is not None:
+        yield results_page.battles_section(battles, names)
     if len(agreement):
         yield results_page.agreement_section(agreement)
+
+
+def side_effects_of(session: Session, outcome: Outcome) -> pl.DataFrame | None:
+    """Side effects measured of the vectors and scales that the outcome chose; None where there are none."""
+    side_effects = _read_table(session, "side_effects")
+    if side_effects is None:
+        return None
+    vectors = outcome.generations.select("goal", "method", "vector_id").unique()
+    at_scale = outcome.summary.select("goal", "method", "scale").join(vectors, on=("goal", "method"))
+    at_scale = at_scale.with_columns(pl.lit(str(steered_positions(session.experiment))).alias("positions"))
+    if "positions" not in side_effects.columns:  # as all were measured before there was a choice
+        side_effects = side_effects.with_columns(pl.lit(str(EVERYWHERE)).alias("positions"))
+    present = side_effects.join(at_scale, on=at_scale.columns, how="semi", maintain_order="left")
+    return present if len(present) else None
+
+
+def battles_of(session: Session, outcome: Outcome) -> BattleTables | None:
+    """What the battles between texts of the outcome say; None where there are none."""
+    battles = _read_table(session, "battles")
+    if battles is None:
+        return None
+    known = outcome.generations["generation_id"].implode()
+    present = battles.filter(pl.all_horizontal(pl.col("first_id", "second_id").is_in(known)))
+    return battle_tables(present, seed=session.experiment.seed, spread=spread) if len(present) else None
 
 
 def _read_table(session: Session, name: str) -> pl.DataFrame | None:
