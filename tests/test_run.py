@@ -28,8 +28,8 @@ from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
-from saets.experiment.config import METHOD_IDS
 from saets.experiment.loading import load_experiment
+from saets.experiment.method_id import METHOD_IDS
 from saets.experiment.model_config import RandomWeights
 from saets.explore import Run
 from saets.files.storage import locate
@@ -505,10 +505,12 @@ def test_every_method_makes_its_vector_from_the_files_of_the_run(
 ) -> None:
     out = tmp_path / "all"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns(".lock"))
-    methods = f"steering.methods={json.dumps(METHOD_IDS)}"
+    variant = "sae_ts:bias_weight=0"
+    methods = f"steering.methods={json.dumps([*METHOD_IDS, 'sae_ts:bias_weight=0.0'])}"
     settings = (methods, "steering.bias_weight=0.5", "steering.fgaa_features=3", "steering.max_density=0.6")
     assert run(folder, out, *settings, command="vectors") == 0
     vectors = {method: SteeringVector.load(out / "vectors" / f"london--{method}.safetensors").direction for method in METHOD_IDS}
+    without_bias = SteeringVector.load(RunFolder(out).vector("london", variant))
     approximator = EffectApproximator.load(out / "approximator.safetensors")
     M, b, W_dec = approximator.M, approximator.b, load_file(folder / "sae" / "sae_weights.safetensors")["W_dec"]
     target = torch.zeros(40)
@@ -520,6 +522,8 @@ def test_every_method_makes_its_vector_from_the_files_of_the_run(
     bias = unit(M @ b)
     assert torch.allclose(vectors["sae"], unit(W_dec[3]), atol=1e-5)
     assert torch.allclose(vectors["sae_ts"], unit(unit(M[:, 3]) - 0.5 * bias), atol=1e-5)
+    assert torch.allclose(without_bias.direction, unit(M[:, 3]), atol=1e-5)
+    assert (without_bias.provenance["method"], without_bias.provenance["options"]) == (variant, {"bias_weight": 0.0})
     solution = torch.linalg.lstsq(M.T.double(), (target - b).double()[:, None], driver="gelsd", rcond=24 * 1.2e-7).solution[:, 0]
     for method in ("pinverse", "pinverse_raw"):
         assert torch.allclose(vectors[method], unit(solution), atol=1e-3)
