@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from saets.cli import main
 from saets.distributed.cluster import Cluster
+from saets.effects.calibration_text import calibration_tokens
 from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
@@ -37,7 +38,7 @@ from saets.fit.approximator import EffectApproximator
 from saets.generation import SteeringWorker
 from saets.methods.formulas import constrained
 from saets.methods.rotation import procrustes
-from saets.model import random_llama
+from saets.model import load_model, random_llama
 from saets.run_folder.store import RunFolder
 from saets.stages.ingredients import stillness_of
 from saets.tokens import completion_text
@@ -233,6 +234,23 @@ def test_another_goal_and_scale_keep_everything_else(finished: Path, folder: Pat
     assert extended is not None
     kept = extended.filter(pl.col("generation_id").is_in(rows["generation_id"].to_list()))
     assert kept.equals(rows)
+
+
+def test_scales_may_be_multiples_of_the_residual_streams_length(finished: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "multiples"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns(".lock"))
+    changes = ("evaluation.scale_unit=residual", "evaluation.scales=[0, 0.5, 2]")
+    assert run(folder, out, *changes, command="generate") == 0
+    texts = RunFolder(out).generations.read()
+    assert texts is not None
+    model = load_model(load_experiment(finished).model)
+    tokens = calibration_tokens(model.tokenizer, load_experiment(finished).effects)
+    _, cache = model.run_with_cache(tokens[:, :-1], names_filter="blocks.1.hook_resid_post")
+    length = cache["blocks.1.hook_resid_post"][:, 1:].float().norm(dim=-1).median().item()
+    assert json.loads((out / "manifest.json").read_text())["residual"]["length"] == pytest.approx(length, rel=0.02)
+    steered = texts.filter(~pl.col("scale").is_in([0.0, 4.0]))
+    assert set(steered["method"]) == {"caa", "sae", "sae_ts"}
+    assert sorted(steered["scale"].unique()) == pytest.approx([0.5 * length, 2 * length], rel=0.02)
 
 
 def test_other_effect_settings_in_the_same_folder_are_refused(

@@ -49,6 +49,9 @@ class SteeringActor(SteeringWorker):
     def measure(self, texts: Sequence[Generation]) -> list[Measures]:
         return measure_texts(self.model, texts, self.experiment.evaluation.prompt_format)
 
+    def residual_length(self) -> float:
+        return self.worker.residual_length()
+
     def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
         if self._judge is None:
             settings = self.experiment

@@ -261,7 +261,10 @@ class Evaluation(Section):
     """Completions a goal, method, scale and prompt."""
     new_tokens: int = Field(30, ge=1)
     scales: tuple[float, ...] = Field(tuple(float(scale) for scale in range(0, 301, 20)), min_length=1)
-    """L2 lengths added to the residual stream."""
+    """How much is added to the residual stream, in units of `scale_unit`."""
+    scale_unit: Literal["length", "residual"] = "length"
+    """`length`: scales are L2 lengths. `residual`: multiples of the residual stream's median length at the hook, measured on the
+    calibration text; tables show the L2 lengths that come of it."""
     positions: Literal["all", "prompt", "generated"] = "all"
     """Which tokens are steered: all, those of the prompt, or those that the model writes."""
     bos: bool = True
