@@ -147,5 +147,5 @@ def test_settings_of_the_study_can_be_changed(tmp_path: Path) -> None:
     part = QUICK.tuning()[0]
     changed = dataclasses.replace(QUICK, changes=(*QUICK.changes, "evaluation.new_tokens=5"))
     assert changed.experiment(part, (0.0,)).evaluation.new_tokens == 5
-    with pytest.raises(InputError, match="evaluation.new_token"):
+    with pytest.raises(InputError, match="did you mean 'new_tokens'"):
         dataclasses.replace(QUICK, changes=("evaluation.new_token=5",)).experiment(part, (0.0,))

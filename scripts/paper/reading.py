@@ -10,8 +10,8 @@ import polars as pl
 import torch
 from torch.nn.functional import cosine_similarity
 
-from saets.errors import InputError
-from saets.experiment.goal import goal_features, load_goal
+from saets.experiment.goal import load_goal
+from saets.methods.formulas import needs
 from saets.methods.side_effects import SideEffects
 from saets.records import UNSTEERED
 from saets.stages.ingredients import Ingredients, Shared
@@ -53,9 +53,13 @@ TABLE = {
 
 
 def reading(session: Session, texts: pl.DataFrame, chosen: Mapping[tuple[str, str], float], length: float) -> pl.DataFrame:
-    """The facts of one run folder; `texts` are those of `results.paired`, `chosen` the scales, `length` the residual stream's."""
+    """The facts of one run folder; those about features only where its methods steer towards given ones.
+
+    `texts` are those of `results.paired`, `chosen` the scales, `length` the residual stream's.
+    """
     shared, vectors = Shared(session), read_vectors(session)
-    measured = _side_effects(session)
+    aimed = any(needs(method, "target") for method in session.experiment.steering.methods)
+    measured = _side_effects(session, aimed=aimed)
     rows = []
     for (goal, method), vector in vectors.items():
         scale = chosen.get((goal, method))
@@ -63,7 +67,7 @@ def reading(session: Session, texts: pl.DataFrame, chosen: Mapping[tuple[str, st
             {
                 "goal": goal,
                 "method": method,
-                **_predicted(session, shared, goal, vector),
+                **(_predicted(session, shared, goal, vector) if aimed else {}),
                 "calibrated": _over(vector.provenance["scales"]["high"], length),
                 "scale": _over(scale, length),
                 **(_graded(texts, goal, method, scale, length) if scale is not None else {}),
@@ -75,10 +79,6 @@ def reading(session: Session, texts: pl.DataFrame, chosen: Mapping[tuple[str, st
 
 def _predicted(session: Session, shared: Shared, goal_id: str, vector: SteeringVector) -> dict[str, float]:
     goal = next(goal for goal in map(load_goal, session.experiment.steering.goals) if goal.id == goal_id)
-    try:
-        goal_features(goal, session.experiment)
-    except InputError:
-        return {}
     ingredients = Ingredients(goal, session, shared, {})
     target, approximator = ingredients.target, shared.approximator
     column, row = approximator.M @ target, ingredients.decoder_target @ shared.W_dec
@@ -120,14 +120,14 @@ def _over(scale: float | None, length: float) -> float | None:
     return None if scale is None else scale / length
 
 
-def _side_effects(session: Session) -> dict[tuple[str, str, float], dict[str, float]]:
+def _side_effects(session: Session, *, aimed: bool) -> dict[tuple[str, str, float], dict[str, float | None]]:
     path = session.run.path / "side_effects.parquet"
     if not path.is_file():
         return {}
     frame = pl.read_parquet(path.read_bytes())
     return {
         (row["goal"], row["method"], row["scale"]): {
-            "measured_target": row["target"],
+            "measured_target": row["target"] if aimed else None,
             "measured_others": row["others"],
             "noise": row["noise"],
         }

@@ -111,8 +111,8 @@ class Study:
         return tuple(part for part in parts if part.goals)
 
     def experiment(self, part: Part, scales: Sequence[float]) -> Experiment:
-        """The settings of a part."""
-        return load_experiment(
+        """The settings of a part; features that they give to goals of other parts are left out."""
+        experiment = load_experiment(
             self.preset,
             [
                 f"steering.goals={json.dumps(part.goals)}",
@@ -121,16 +121,12 @@ class Study:
                 f"evaluation.samples={part.samples}",
                 "evaluation.scale_unit=residual",
                 f"evaluation.scales={json.dumps(list(scales))}",
-                *(change for change in self.changes if not _of_another_goal(change, part.goals)),
+                *self.changes,
                 *part.changes,
             ],
         )
-
-
-def _of_another_goal(change: str, goals: Sequence[str]) -> bool:
-    """Whether a setting names features of a goal that the part does not have, which an experiment would refuse."""
-    key = change.partition("=")[0]
-    return key.startswith("steering.features.") and key.rpartition(".")[2] not in goals
+        features = {goal: found for goal, found in experiment.steering.features.items() if goal in part.goals}
+        return experiment.model_copy(update={"steering": experiment.steering.model_copy(update={"features": features})})
 
 
 def scale_grid(highs: Sequence[float], length: float, count: int) -> tuple[float, ...]:
