@@ -9,22 +9,12 @@ import polars as pl
 from paper.carrying_out import ALIKE
 from paper.study import Chosen, Part, Study
 from saets.plots import display_names
+from saets.plots.paper import paper_scores
 from saets.scores.page import figure, score_table, scores_section, table
 from saets.scores.summary import Summary
 
-PAPER_METHODS = ("2B: CAA", "SAE", "SAE-TS", "pinverse", "rotation", "9B: CAA", "SAE", "SAE-TS")
-PAPER_SCORES: dict[str, tuple[float, ...]] = {
-    "anger": (0.1666, 0.0810, 0.2424, 0.1899, 0.2460, 0.2336, 0.1317, 0.2310),
-    "christian": (0.3486, 0.0902, 0.3302, 0.0025, 0.0870, 0.3162, 0.1548, 0.2769),
-    "conspiracy": (0.3748, 0.2319, 0.3729, 0.0644, 0.4074, 0.4343, 0.3003, 0.3315),
-    "french": (0.2684, 0.0589, 0.3186, 0.1912, 0.3724, 0.3203, 0.3272, 0.4196),
-    "london": (0.0476, 0.0061, 0.5380, 0.0722, 0.2745, 0.0656, 0.1118, 0.3135),
-    "love": (0.3039, 0.1004, 0.4234, 0.2682, 0.3851, 0.3373, 0.1160, 0.2710),
-    "praise": (0.1332, 0.2654, 0.2842, 0.0638, 0.2833, 0.1965, 0.3743, 0.5188),
-    "want_to_die": (0.1284, 0.0649, 0.1870, 0.1683, 0.2167, 0.1521, 0.1646, 0.1265),
-    "wedding": (0.1768, 0.2626, 0.5432, 0.0567, 0.5313, 0.2216, 0.2851, 0.5494),
-}
-"""arXiv 2411.02193v2: best scale of each goal and method on Gemma 2, the same texts choosing and scoring."""
+PAPER_MODELS = {"2B": "google/gemma-2-2b", "9B": "google/gemma-2-9b"}
+PAPER_HOOK = "blocks.12.hook_resid_post"
 
 
 def names_of(methods: Iterable[str]) -> dict[str, str]:
@@ -100,14 +90,19 @@ def reading_section(facts: pl.DataFrame) -> str:
 
 def paper_section() -> str:
     """The paper's own table, on Gemma 2."""
-    rows = [[goal, *(f"{score:.3f}" for score in scores)] for goal, scores in PAPER_SCORES.items()]
-    means = [sum(column) / len(column) for column in zip(*PAPER_SCORES.values(), strict=True)]
-    rows.append(["mean", *(f"{mean:.3f}" for mean in means)])
+    names, columns = display_names(), []
+    cells: dict[str, list[str]] = {}
+    for size, model in PAPER_MODELS.items():
+        found = paper_scores(model, PAPER_HOOK)
+        assert found is not None
+        columns += [f"{size}: {names[method]}" for method in found["method"].unique(maintain_order=True)]
+        for goal, score in found.select("goal", "score").iter_rows():
+            cells.setdefault(goal, []).append(figure(score))
     what = (
         "arXiv 2411.02193v2, Gemma 2 2B and 9B, graded by gpt-4o-mini: the best scale's score on the texts that chose it, so "
-        "comparable with the optimistic maxima above and not with the held-out scores; another model, judge and wording."
+        "comparable with optimistic maxima and not with held-out scores; another model, judge and wording."
     )
-    return f"## The paper's table\n\n{what}\n\n{table(['goal', *PAPER_METHODS], rows)}"
+    return f"## The paper's table\n\n{what}\n\n{table(['goal', *columns], [[goal, *row] for goal, row in cells.items()])}"
 
 
 def plan_section(rows: Sequence[tuple[Part, int, int]], scales: int, seconds: Mapping[str, float], actors: int) -> str:
