@@ -31,6 +31,7 @@ LOSS_RULES = ("loss_increase", "target_loss", "fixed_scale")
 SCALE_RULE = (*LOSS_RULES, "scale_grid", "scale_search")
 """Settings of effects that say how a vector's scale is found."""
 
+
 class NamedSource(Section):
     """Where some of the vectors come from."""
 
