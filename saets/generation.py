@@ -69,6 +69,10 @@ class SteeringWorker:
         """The scales between which a unit vector is of use. Raises `InputError`: see `Calibrator`."""
         return self.calibrator.ranges([torch.from_numpy(direction)])[0]
 
+    def residual_length(self) -> float:
+        """Median L2 length of the residual stream on the calibration text. Raises `InputError`: see `Calibrator`."""
+        return self.calibrator.residual_length
+
     def generate(self, items: Sequence[GenerationItem], directions: Mapping[str, NDArray[np.float32]]) -> list[Generation]:
         """Completions in order; `directions` holds the unit vector of every vector_id but `unsteered`.
 

@@ -24,12 +24,13 @@ from safetensors.torch import load_file
 
 from saets.cli import main
 from saets.distributed.cluster import Cluster
+from saets.effects.calibration_text import calibration_tokens
 from saets.engine.batch import Row
 from saets.engine.rollout import RolloutEngine
 from saets.engine.sampling import row_seed
 from saets.errors import InputError
-from saets.experiment.config import METHOD_IDS
 from saets.experiment.loading import load_experiment
+from saets.experiment.method_id import METHOD_IDS
 from saets.experiment.model_config import RandomWeights
 from saets.explore import Run
 from saets.files.storage import locate
@@ -37,7 +38,7 @@ from saets.fit.approximator import EffectApproximator
 from saets.generation import SteeringWorker
 from saets.methods.formulas import constrained
 from saets.methods.rotation import procrustes
-from saets.model import random_llama
+from saets.model import load_model, random_llama
 from saets.run_folder.store import RunFolder
 from saets.stages.ingredients import stillness_of
 from saets.tokens import completion_text
@@ -233,6 +234,23 @@ def test_another_goal_and_scale_keep_everything_else(finished: Path, folder: Pat
     assert extended is not None
     kept = extended.filter(pl.col("generation_id").is_in(rows["generation_id"].to_list()))
     assert kept.equals(rows)
+
+
+def test_scales_may_be_multiples_of_the_residual_streams_length(finished: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "multiples"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns(".lock"))
+    changes = ("evaluation.scale_unit=residual", "evaluation.scales=[0, 0.5, 2]")
+    assert run(folder, out, *changes, command="generate") == 0
+    texts = RunFolder(out).generations.read()
+    assert texts is not None
+    model = load_model(load_experiment(finished).model)
+    tokens = calibration_tokens(model.tokenizer, load_experiment(finished).effects)
+    _, cache = model.run_with_cache(tokens[:, :-1], names_filter="blocks.1.hook_resid_post")
+    length = cache["blocks.1.hook_resid_post"][:, 1:].float().norm(dim=-1).median().item()
+    assert json.loads((out / "manifest.json").read_text())["residual"]["length"] == pytest.approx(length, rel=0.02)
+    steered = texts.filter(~pl.col("scale").is_in([0.0, 4.0]))
+    assert set(steered["method"]) == {"caa", "sae", "sae_ts"}
+    assert sorted(steered["scale"].unique()) == pytest.approx([0.5 * length, 2 * length], rel=0.02)
 
 
 def test_other_effect_settings_in_the_same_folder_are_refused(
@@ -505,10 +523,12 @@ def test_every_method_makes_its_vector_from_the_files_of_the_run(
 ) -> None:
     out = tmp_path / "all"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns(".lock"))
-    methods = f"steering.methods={json.dumps(METHOD_IDS)}"
+    variant = "sae_ts:bias_weight=0"
+    methods = f"steering.methods={json.dumps([*METHOD_IDS, 'sae_ts:bias_weight=0.0'])}"
     settings = (methods, "steering.bias_weight=0.5", "steering.fgaa_features=3", "steering.max_density=0.6")
     assert run(folder, out, *settings, command="vectors") == 0
     vectors = {method: SteeringVector.load(out / "vectors" / f"london--{method}.safetensors").direction for method in METHOD_IDS}
+    without_bias = SteeringVector.load(RunFolder(out).vector("london", variant))
     approximator = EffectApproximator.load(out / "approximator.safetensors")
     M, b, W_dec = approximator.M, approximator.b, load_file(folder / "sae" / "sae_weights.safetensors")["W_dec"]
     target = torch.zeros(40)
@@ -520,6 +540,8 @@ def test_every_method_makes_its_vector_from_the_files_of_the_run(
     bias = unit(M @ b)
     assert torch.allclose(vectors["sae"], unit(W_dec[3]), atol=1e-5)
     assert torch.allclose(vectors["sae_ts"], unit(unit(M[:, 3]) - 0.5 * bias), atol=1e-5)
+    assert torch.allclose(without_bias.direction, unit(M[:, 3]), atol=1e-5)
+    assert (without_bias.provenance["method"], without_bias.provenance["options"]) == (variant, {"bias_weight": 0.0})
     solution = torch.linalg.lstsq(M.T.double(), (target - b).double()[:, None], driver="gelsd", rcond=24 * 1.2e-7).solution[:, 0]
     for method in ("pinverse", "pinverse_raw"):
         assert torch.allclose(vectors[method], unit(solution), atol=1e-3)

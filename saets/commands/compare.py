@@ -43,7 +43,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _show(tables: BattleTables, *, local: bool) -> None:
     from saets.plots.looks import display_names
 
-    names = display_names()
+    names = display_names(tables.strengths["method"])
     shown = Table("goal", "criterion", "method", "strength", "95% interval", "won", "tied", box=None, pad_edge=False)
     for row in tables.strengths.iter_rows(named=True):
         low, high = row["strength_low"], row["strength_high"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from saets.commands.common import Commands, add_command, console, errors, opened_run
 from saets.commands.looking import add_vector_choice, chosen_vector
+from saets.experiment.method_id import parse_method
 from saets.files.storage import locate, shareable
 
 
@@ -59,7 +60,7 @@ def _name(options: argparse.Namespace) -> str:
     """What the exported file is called: after the vector's file, or goal and method, or the features."""
     if options.vector:
         return Path(locate(options.vector).name).stem
-    return f"{options.goal}--{options.method}" if options.goal else "features"
+    return f"{options.goal}--{parse_method(options.method).file_stem}" if options.goal else "features"
 
 
 def _import(options: argparse.Namespace) -> None:

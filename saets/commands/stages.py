@@ -206,8 +206,8 @@ def _show_outcome(session: Session) -> None:
     from saets.plots.looks import display_names
     from saets.stages.results import graded_texts, read_outcome, samples
 
-    names = display_names()
     outcome = read_outcome(session)
+    names = display_names(outcome.scores["method"])
     table = Table("goal", "method", "score", "95% interval", "", "scale", "optimistic max", box=None, pad_edge=False)
     for row in outcome.scores.iter_rows(named=True):
         table.add_row(

@@ -109,6 +109,11 @@ class Calibrator:
                 self._first = bisect.bisect_left(rule.grid, found.scale)
 
     @property
+    def residual_length(self) -> float:
+        """Median L2 length of h_L before steering, BOS left out."""
+        return self._residual[:, 1:].float().norm(dim=-1).median().item()
+
+    @property
     def target(self) -> float:
         """The loss that calibration aims at."""
         if self.rule.target_loss is not None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from saets.errors import unknown
+from saets.experiment.method_id import MethodOptions, parse_method
 from saets.experiment.model_config import Model, Sae, Section
 from saets.experiment.prompts import PAPER_PROMPTS
 from saets.tokens import PromptFormat
@@ -30,9 +30,6 @@ LOSS_RULES = ("loss_increase", "target_loss", "fixed_scale")
 
 SCALE_RULE = (*LOSS_RULES, "scale_grid", "scale_search")
 """Settings of effects that say how a vector's scale is found."""
-
-METHOD_IDS = ("caa", "sae", "sae_ts", "pinverse", "pinverse_raw", "rotation", "fgaa", "ridge", "constrained")
-"""Steering methods, by the ids used in settings, files and columns."""
 
 
 class NamedSource(Section):
@@ -231,29 +228,19 @@ class Published(Section):
     """u(W b) [d_model], a check that these files belong together."""
 
 
-class Steering(Section):
+class Steering(MethodOptions):
     """Which vectors are built."""
 
     goals: tuple[str, ...] = ()
     """Goal ids from the package, or paths of goal files."""
     methods: tuple[str, ...] = ("caa", "sae", "sae_ts")
-    """Those of the paper's main table; `METHOD_IDS` names all."""
+    """Those of the paper's main table; `METHOD_IDS` names all. One with options of its own is `sae_ts:bias_weight=0`."""
     features_of: str | None = None
     """Which `[features.X]` table of the goal files is read; by default the experiment's name."""
     features: dict[str, tuple[tuple[int, float], ...]] = {}
     """Features of a goal for this experiment, over those of the goal file: `london = [[14455, 1.0]]`."""
-    bias_weight: float = 1.0
-    """Lambda of SAE-TS, and of the methods built on it: how much of the direction M b is taken away."""
-    fgaa_features: int = Field(4, ge=1)
-    """Features that `fgaa` keeps, those that set the contrast texts apart most."""
     max_density: float = Field(0.01, gt=0, le=1)
     """Features that fire on a larger share of tokens are nothing to `fgaa`."""
-    ridge_penalty: float = Field(1.0, ge=0)
-    """Of `ridge`, in units of the mean eigenvalue of M M': 0 is the pseudoinverse, and large numbers end in SAE-TS."""
-    ridge_target_size: float | None = Field(None, gt=0)
-    """Tau of `ridge`: the effect asked of the target; by default that for which its path ends in SAE-TS of `bias_weight`."""
-    constrained_gamma: float | None = Field(None, ge=0)
-    """Weight of side effects in `constrained`; by default the largest that predicts as much of the target as SAE-TS does."""
     stillness: Literal["measured", "equal"] = "measured"
     """What `constrained` holds still: each feature by how quiet it is in unsteered text and how well its effect is predicted, or
     all alike."""
@@ -261,10 +248,8 @@ class Steering(Section):
     @field_validator("methods")
     @classmethod
     def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
-        for method in methods:
-            if method not in METHOD_IDS:
-                raise unknown("method", method, METHOD_IDS)
-        return methods
+        """Each in its one spelling, and once."""
+        return tuple(dict.fromkeys(str(parse_method(method)) for method in methods))
 
 
 class Evaluation(Section):
@@ -277,7 +262,10 @@ class Evaluation(Section):
     """Completions a goal, method, scale and prompt."""
     new_tokens: int = Field(30, ge=1)
     scales: tuple[float, ...] = Field(tuple(float(scale) for scale in range(0, 301, 20)), min_length=1)
-    """L2 lengths added to the residual stream."""
+    """How much is added to the residual stream, in units of `scale_unit`."""
+    scale_unit: Literal["length", "residual"] = "length"
+    """`length`: scales are L2 lengths. `residual`: multiples of the residual stream's median length at the hook, measured on the
+    calibration text; tables show the L2 lengths that come of it."""
     positions: Literal["all", "prompt", "generated"] = "all"
     """Which tokens are steered: all, those of the prompt, or those that the model writes."""
     bos: bool = True

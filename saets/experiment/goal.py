@@ -1,6 +1,7 @@
 """A goal of steering: what a text should be about, contrast pairs, examples for the local judge, and features.
 
-One TOML file a goal, shared by all methods. The package carries the paper's nine; a path adds one's own.
+One TOML file a goal, shared by all methods. The package carries the paper's nine, and six others on which settings may
+be chosen; a path adds one's own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The steering methods: one function each, from named ingredients to a direction. The builder normalises in one place.
 
 A new method is one function and one entry in `METHODS`. Ingredients are found by parameter name and computed only when a
-method asks for them, so CAA never loads an SAE. Options are keyword arguments, by the names that `[steering]` has.
+method asks for them, so CAA never loads an SAE. Options are keyword arguments, by the names that `[steering]` has, all listed in
+`METHOD_OPTIONS`; a method named with options of its own (`sae_ts:bias_weight=0`) takes those.
 
 Shapes: M [d_model, d_sae] and b [d_sae] of the approximator, y ~ M'x + b for unit x; `target` t [d_sae], the weights of the
 features that should rise; u(x) = x / ||x||.
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saets.errors import InputError, unknown
-from saets.experiment.config import METHOD_IDS
+from saets.errors import InputError
+from saets.experiment.method_id import METHOD_OPTIONS, parse_method
 from saets.fit.approximator import EffectApproximator
 from saets.methods.side_effects import SideEffects
 from saets.methods.spectrum import gram, solve
@@ -170,7 +171,6 @@ METHODS: dict[str, Method] = {
     "ridge": ridge,
     "constrained": constrained,
 }
-assert tuple(METHODS) == METHOD_IDS
 
 KEEPS_LENGTH = ("pinverse_raw",)
 """Methods whose vector the released code leaves at its own length: a scale there adds so many times the vector."""
@@ -186,7 +186,7 @@ def build(method: str, ingredients: Any, **options: Any) -> Tensor:
         InputError: unknown method, or what the method finds wrong.
     """
     arguments = {name: getattr(ingredients, name) for name in ingredients_of(method)}
-    direction: Tensor = METHODS[method](**arguments, **options_of(method, options))
+    direction: Tensor = METHODS[parse_method(method).base](**arguments, **options_of(method, options))
     return direction
 
 
@@ -196,25 +196,20 @@ def ingredients_of(method: str) -> list[str]:
     Raises:
         InputError: unknown method.
     """
-    return [name for name, parameter in _parameters(method).items() if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+    parameters = inspect.signature(METHODS[parse_method(method).base]).parameters
+    return [name for name, parameter in parameters.items() if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
 
 
 def options_of(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that the method has.
+    """Those of the options that the method has; its own go before them.
 
     Raises:
         InputError: unknown method.
     """
-    has = set(_parameters(method)) - set(ingredients_of(method))
-    return {name: value for name, value in options.items() if name in has}
+    base, own = parse_method(method)
+    return {name: value for name, value in options.items() if name in METHOD_OPTIONS[base]} | dict(own)
 
 
 def needs(method: str, ingredient: str) -> bool:
     """Whether the method has an ingredient of this name."""
     return ingredient in ingredients_of(method)
-
-
-def _parameters(method: str) -> dict[str, inspect.Parameter]:
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    return dict(inspect.signature(METHODS[method]).parameters)

@@ -5,8 +5,10 @@ Colour is never alone: marker shape and dash, or a label, tell series apart in g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from saets.experiment.method_id import MethodId, parse_method
 from saets.records import UNSTEERED
 
 
@@ -17,8 +19,8 @@ class Look(NamedTuple):
     colour: str
     shape: str
     """Vega symbol or SVG path."""
-    dash: tuple[int, int]
-    """Pixels drawn and left out."""
+    dash: tuple[int, ...]
+    """Pixels drawn and left out, in turn."""
 
 
 SOLID, DASHED, DOTTED = (1, 0), (6, 3), (2, 2)
@@ -48,6 +50,37 @@ OUTCOMES = {"ok": "#0077BB", "capped": "#E69F00", "fixed": GREY}
 """Colours of the calibration's outcomes."""
 
 
-def display_names() -> dict[str, str]:
-    """Names of the methods for people, by id, in the order of legends and tables."""
-    return {method: look.name for method, look in METHODS.items()}
+VARIED = ((0.45, (9, 2, 2, 2)), (-0.4, (3, 3)), (0.7, (12, 4)), (-0.65, (1, 3)))
+"""How variants of a method differ from it, in turn: how far the colour goes to white, or below 0 to black; and the dash."""
+
+
+def method_looks(methods: Iterable[str] = ()) -> dict[str, Look]:
+    """The look of every method, and of those variants that are named, which come after theirs in the order of their options.
+
+    Raises:
+        InputError: a method that is not known.
+    """
+    variants: dict[str, list[MethodId]] = {}
+    for name in dict.fromkeys(methods):
+        if name not in METHODS:
+            method = parse_method(name)
+            variants.setdefault(method.base, []).append(method)
+    found = {}
+    for base, look in METHODS.items():
+        found[base] = look
+        for number, method in enumerate(sorted(variants.get(base, []), key=lambda method: sorted(method.options.items()))):
+            shade, dash = VARIED[number % len(VARIED)]
+            found[str(method)] = Look(f"{look.name}, {method.words}", _shaded(look.colour, shade), look.shape, dash)
+    return found
+
+
+def _shaded(colour: str, shade: float) -> str:
+    """`#rrggbb` part of the way to white, or to black."""
+    end = 255 if shade > 0 else 0
+    parts = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return "#" + "".join(f"{round(part + (end - part) * abs(shade)):02X}" for part in parts)
+
+
+def display_names(methods: Iterable[str] = ()) -> dict[str, str]:
+    """Names of the methods for people, by id, in the order of legends and tables; of all, and of the variants that are named."""
+    return {method: look.name for method, look in method_looks(methods).items()}

@@ -9,8 +9,8 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from saets.errors import InputError, unknown
-from saets.plots.looks import METHODS, Look, display_names
+from saets.errors import InputError
+from saets.plots.looks import Look, method_looks
 from saets.plots.theme import Size, theme
 
 Plot = alt.Chart | alt.LayerChart | alt.FacetChart
@@ -20,12 +20,14 @@ WIDEST = 300.0
 
 
 def named(rows: pl.DataFrame) -> tuple[pl.DataFrame, list[Look]]:
-    """The rows with the methods' display names as `series`, and the looks of those methods in the order of `METHODS`."""
-    for method in rows["method"].unique():
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
-    names = pl.col("method").replace_strict(display_names(), return_dtype=pl.String)
-    return rows.with_columns(names.alias("series")), [look for method, look in METHODS.items() if method in rows["method"]]
+    """The rows with the methods' display names as `series`, and the looks of those methods in the order of `method_looks`.
+
+    Raises:
+        InputError: a method that is not known.
+    """
+    looks = method_looks(rows["method"])
+    names = pl.col("method").replace_strict({method: look.name for method, look in looks.items()}, return_dtype=pl.String)
+    return rows.with_columns(names.alias("series")), [look for method, look in looks.items() if method in rows["method"]]
 
 
 def panelled(results: pl.DataFrame) -> pl.DataFrame:

@@ -22,7 +22,8 @@ def page(contents: Contents) -> bytes:
     """The page in UTF-8."""
     folder = resources.files(__package__)
     template, style, program = ((folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
-    vega = f"(() => {{{vl_convert.javascript_bundle()}\n}})();"  # so that its names are no one else's
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its annotations know no default
+    vega = f"(() => {{{bundle}\n}})();"  # so that its names are no one else's
     hashes = " ".join(f"'sha256-{_sha256(code)}'" for code in (vega, program))
     parts = {
         "title": html.escape(f"{contents['name']}: what steering did"),

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from saets.errors import InputError
 from saets.experiment.config import Experiment
+from saets.experiment.method_id import parse_method
 from saets.files.lock import LOCK, held
 from saets.files.storage import Location, Where, locate
 
@@ -281,8 +282,8 @@ class RunFolder:
         (self.path / "fit.json").write_text(json.dumps(report, indent=1) + "\n")
 
     def vector(self, goal: str, method: str) -> Location:
-        """File of the vector of a goal and method."""
-        return self.path / "vectors" / f"{goal}--{method}.safetensors"
+        """File of the vector of a goal and method. Raises `InputError` for an unknown method."""
+        return self.path / "vectors" / f"{goal}--{parse_method(method).file_stem}.safetensors"
 
     @classmethod
     def create(cls, path: Where, experiment: Experiment, effect_settings: Mapping[str, Any]) -> RunFolder:

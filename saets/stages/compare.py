@@ -15,6 +15,7 @@ from saets.distributed.tasks import spread
 from saets.errors import InputError, unknown
 from saets.experiment.config import settings_hash
 from saets.experiment.goal import COHERENCE, Goal
+from saets.experiment.method_id import parse_method
 from saets.judge.battle import BATTLE_VERSION, TIE_BAND, BattleQuestion, compare_scores, question_for
 from saets.judge.choice import judge_identity, judge_name
 from saets.judge.failures import Failures
@@ -98,7 +99,7 @@ def battle_items(session: Session, goals: dict[str, Goal], wanted: Wanted) -> tu
 
 def _methods(session: Session, wanted: Wanted) -> list[str]:
     known = session.experiment.steering.methods
-    methods = list(dict.fromkeys(wanted.methods or known))
+    methods = list(dict.fromkeys(str(parse_method(method)) for method in wanted.methods or known))
     for method in methods:
         if method not in known:
             raise unknown("method of this experiment", method, known)

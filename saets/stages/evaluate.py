@@ -29,6 +29,7 @@ from saets.records import CRITERIA, UNSTEERED, Generation, GenerationItem, conte
 from saets.run_folder.rows import generation_rows, grade_rows
 from saets.run_folder.store import Appender, Table
 from saets.stages.asking import FREELY, Asking, check_server, opened_judge
+from saets.stages.scales import scales_of
 from saets.stages.session import Session
 from saets.stages.stream import Workers, written_and_graded
 from saets.stages.vectors import Pair, read_vectors
@@ -150,15 +151,15 @@ def generation_items(session: Session, vectors: dict[Pair, SteeringVector]) -> l
     all are steered, they are part of the ids of steered texts.
     """
     experiment = session.experiment
-    settings = experiment.evaluation
+    settings, scales = experiment.evaluation, scales_of(session)
     identity = settings_hash([model_settings(experiment), experiment.hook_name, sampling_settings(experiment)])
     steered = [
         (goal, method, vector.id, scale * vector.provenance.get("raw_length", 1.0))
         for (goal, method), vector in vectors.items()
-        for scale in settings.scales
+        for scale in scales
         if scale > 0
     ]
-    unsteered = [(goal, UNSTEERED, UNSTEERED, 0.0) for goal in dict.fromkeys(goal for goal, _ in vectors) if 0 in settings.scales]
+    unsteered = [(goal, UNSTEERED, UNSTEERED, 0.0) for goal in dict.fromkeys(goal for goal, _ in vectors) if 0 in scales]
     positions = steered_positions(experiment)
     steered_at = () if positions == EVERYWHERE else (str(positions),)
     items = []

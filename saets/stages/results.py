@@ -89,7 +89,8 @@ def write_results(session: Session) -> None:
 
 def _sections(session: Session, outcome: Outcome, agreement: pl.DataFrame) -> Iterator[str]:
     """The parts of results.md for which there is something to say; what was measured of other texts or scales is left out."""
-    names, generations = display_names(), outcome.generations
+    generations = outcome.generations
+    names = display_names(generations["method"])
     yield results_page.scores_section(outcome.compared, names)
     if (measures := session.run.measures.read()) is not None:
         by_scale = results.measure_table(generations, measures, ("goal", "method", "scale"))

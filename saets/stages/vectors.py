@@ -18,7 +18,7 @@ from saets.stages.session import Session
 from saets.vector.vector import SteeringVector
 
 Pair = tuple[str, str]
-"""(goal id, method id)"""
+"""(goal id, method id, with options where it has some of its own)"""
 
 
 def build_vectors(session: Session) -> dict[Pair, SteeringVector]:

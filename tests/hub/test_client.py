@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from chat_server import Server, steady
 from huggingface_hub import constants
 from safetensors.torch import load, load_file
 from torch.nn.functional import normalize
@@ -165,6 +166,35 @@ def test_a_stage_that_needs_the_approximator_takes_the_published_one_and_says_so
     W, b = authors["adapter.pt"]["W"], authors["adapter.pt"]["b"]
     by_hand = normalize(W[:, 3] / W[:, 3].norm() - (W @ b) / (W @ b).norm(), dim=0)
     assert torch.allclose(load_file(out / "vectors" / "london--sae_ts.safetensors")["direction"], by_hand, atol=1e-5)
+
+
+@pytest.mark.ray
+def test_a_run_goes_from_published_files_and_a_judge_behind_a_server_to_the_table(
+    hub: Hub, authors: dict[str, Any], server: Server, tmp_path: Path
+) -> None:
+    published(hub, authors)
+    server.respond = steady
+    out = tmp_path / "run"
+    methods = ("caa", "sae", "sae_ts", "sae_ts:bias_weight=0", "pinverse", "rotation")
+    changes = (
+        f"steering.methods={json.dumps(methods)}",
+        "evaluation.prompts=['I think', 'Surprisingly,']",
+        "judge.kind=openai",
+        f"judge.base_url={server.url}",
+    )
+    assert main([*command("run", out), *(word for change in changes for word in ("--set", change))]) == 0
+    run = RunFolder(out)
+    assert not run.effects.shards()
+    assert torch.equal(EffectApproximator.load(run.approximator).M, authors["adapter.pt"]["W"])
+    scores = pl.read_parquet(out / "scores.parquet")
+    assert set(scores["method"]) == set(methods)
+    assert set(scores["goal"]) == {"london", "wedding", "all goals"}
+    assert not scores["held_out"].has_nulls()
+    cells = pl.read_parquet(out / "results.parquet")
+    assert len(cells) == 2 * len(methods) * 2 * 3
+    assert cells["n"].to_list() == [4] * len(cells)
+    table = (out / "results.md").read_text()
+    assert "SAE-TS, bias weight 0" in table.split("## Differences")[0]
 
 
 def test_the_method_rotation_takes_the_published_one(

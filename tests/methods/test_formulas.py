@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saets.errors import InputError
-from saets.experiment.config import METHOD_IDS
+from saets.experiment.method_id import METHOD_IDS, METHOD_OPTIONS, MethodOptions
 from saets.fit.approximator import EffectApproximator
 from saets.methods.formulas import METHODS, build, needs, options_of
 from saets.methods.rotation import procrustes
@@ -277,3 +278,22 @@ def test_options_that_a_method_does_not_have_change_nothing(planted: SimpleNames
     options = {"bias_weight": 0.3, "ridge_penalty": 5.0, "fgaa_features": 2, "stillness": "equal", "max_density": 0.5}
     assert torch.equal(build("caa", planted, **options), build("caa", planted))
     assert options_of("ridge", options) == {"bias_weight": 0.3, "ridge_penalty": 5.0}
+
+
+def test_a_method_named_with_options_is_the_method_built_with_them(planted: SimpleNamespace) -> None:
+    for_all = {"bias_weight": 0.3, "ridge_penalty": 5.0}
+    found = build("ridge:bias_weight=0.7", planted, **for_all)
+    assert torch.equal(found, build("ridge", planted, bias_weight=0.7, ridge_penalty=5.0))
+    assert not torch.allclose(unit(found), unit(build("ridge", planted, **for_all)))
+    assert options_of("ridge:bias_weight=0.7", for_all) == {"bias_weight": 0.7, "ridge_penalty": 5.0}
+    assert needs("fgaa:fgaa_features=2", "feature_contrast")
+    assert not needs("sae_ts:bias_weight=0", "W_dec")
+
+
+def test_the_options_by_which_methods_are_named_are_those_that_their_formulas_have() -> None:
+    for method, formula in METHODS.items():
+        parameters = inspect.signature(formula).parameters.values()
+        have = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+        assert sorted(METHOD_OPTIONS[method]) == sorted(have)
+        defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name in have}
+        assert defaults == MethodOptions().model_dump(include=set(have))

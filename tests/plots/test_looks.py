@@ -16,6 +16,19 @@ def test_no_two_methods_look_alike_in_colour_or_in_grey() -> None:
     assert len({plots.METHODS[method].dash for method in ("caa", "sae", "sae_ts")}) == 3
 
 
+def test_a_variant_of_a_method_looks_like_it_but_not_the_same_and_stands_after_it() -> None:
+    variants = [f"sae_ts:bias_weight={weight}" for weight in ("0.5", "0", "2")]
+    frame = pl.concat(
+        [texts(), *(texts().filter(pl.col("method") == "sae_ts").with_columns(method=pl.lit(one)) for one in variants)]
+    )
+    layer = plots.product_by_scale(results_table(frame)).to_dict()["spec"]["layer"]
+    names = ["CAA", "SAE-TS", *(f"SAE-TS, bias weight {weight}" for weight in ("0", "0.5", "2"))]
+    for channel, different in (("color", 5), ("shape", 2), ("strokeDash", 5)):
+        scale = next(part["encoding"][channel]["scale"] for part in layer if channel in part["encoding"])
+        assert scale["domain"] == names
+        assert len({str(look) for look in scale["range"]}) == different
+
+
 def test_a_method_has_the_same_colour_whatever_else_is_drawn() -> None:
     both, alone = results_table(texts()), results_table(texts().filter(pl.col("method") == "sae_ts"))
     for results in (both, alone):
