@@ -285,7 +285,7 @@ def test_what_a_worker_finds_wrong_is_one_line(
 ) -> None:
     assert run(folder, tmp_path / "low", "effects.target_loss=0.5", command="effects") == 2
     line = capsys.readouterr().err.strip()
-    assert "effects.target_loss is 0.5, but the unsteered loss" in line.splitlines()[-1]
+    assert "saets: effects.target_loss is 0.5, but the unsteered loss" in line.splitlines()[-1]
 
 
 def test_steering_and_forecasting_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,7 +114,7 @@ def input_error(error: BaseException) -> InputError | None:
     inner: BaseException | None = error
     while inner is not None and id(inner) not in seen:
         seen.add(id(inner))
-        if isinstance(inner, InputError):
+        if isinstance(inner, InputError) and not isinstance(inner, ray.exceptions.RayError):  # Ray's copy reads as a traceback
             return inner
         inner = getattr(inner, "cause", None) or inner.__cause__ or inner.__context__
     for line in reversed(str(error).splitlines()):
