@@ -22,9 +22,10 @@ import torch
 from browser import Browser, find_chromium
 
 from saets.checks import check_goals
-from saets.experiment.config import METHOD_IDS, Experiment
+from saets.experiment.config import Experiment
 from saets.experiment.goal import goal_names
 from saets.experiment.loading import effect_settings, load_experiment
+from saets.experiment.method_id import METHOD_IDS
 from saets.files.storage import Where
 from saets.judge.choice import judge_name
 from saets.records import CRITERIA, Generation, GenerationItem, Grade

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 import torch
 from paper import pages
-from paper.carrying_out import Workplace
+from paper.carrying_out import Workplace, seconds_a_text
 from paper.reading import TABLE
 from paper.study import DEVELOPMENT_GOALS, FULL, PAPER_GOALS, QUICK, TRIED, Chosen, scale_grid
 
@@ -63,6 +63,12 @@ def test_a_plan_counts_every_text_and_the_hours_that_they_take(tmp_path: Path, c
     assert f"{tuning + report} texts to go" in printed
     assert f"{(tuning + report) * 3.6 / 2 / 3600:.1f} hours" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_text_takes_is_measured_by_writing_measuring_and_grading_some() -> None:
+    seconds = seconds_a_text(QUICK.experiment(QUICK.tuning()[0], (0.0,)))
+    assert seconds.keys() == {"writing", "measuring", "grading"}
+    assert all(value > 0 for value in seconds.values())
 
 
 def test_a_report_needs_chosen_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from polars import selectors
 
 from saets.experiment.config import Experiment
 from saets.files.storage import shareable
-from saets.plots import METHODS
+from saets.plots.looks import method_looks
 from saets.records import CRITERIA, UNSTEERED
 from saets.report.charts import charts, panels
 from saets.report.findings import Findings
@@ -35,7 +35,8 @@ def contents(findings: Findings) -> Contents:
     experiment, summary = findings.experiment, findings.summary
     shown = Experiment.model_validate(shareable(experiment.model_dump(mode="json", exclude_none=True)))
     scores = pl.concat([summary.methods, summary.overall])
-    methods = [method for method in METHODS if method in set(scores["method"])]
+    looks = method_looks(scores["method"])
+    methods = [method for method in looks if method in set(scores["method"])]
     texts = _chosen_texts(findings)
     return {
         "name": experiment.name,
@@ -43,7 +44,7 @@ def contents(findings: Findings) -> Contents:
         "facts": _facts(shown, findings),
         "goals": [{"id": goal.id, "behaviour": goal.behaviour} for goal in findings.goals],
         "all_goals": ALL_GOALS,
-        "methods": [{"id": name, "name": METHODS[name].name, "colour": METHODS[name].colour} for name in (*methods, UNSTEERED)],
+        "methods": [{"id": name, "name": looks[name].name, "colour": looks[name].colour} for name in (*methods, UNSTEERED)],
         "scores": scores.select(_SCORES).with_columns(selectors.float().fill_nan(None)).to_dicts(),
         "scales": {name: _short(findings.results[name]) for name in _SCALES},
         "texts": {name: _short(texts[name]) for name in texts.columns},

@@ -50,7 +50,7 @@ def _table(title: str, note: str, header: Sequence[str], rows: Iterable[Row]) ->
 
 
 def _name(method: str) -> str:
-    return display_names().get(method, method)
+    return display_names([method]).get(method, method)
 
 
 def _rows(frame: pl.DataFrame | None) -> Iterator[dict[str, Any]]:

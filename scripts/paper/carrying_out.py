@@ -150,7 +150,7 @@ def seconds_a_text(experiment: Experiment) -> Mapping[str, float]:
     goal, prompt = load_goal(experiment.steering.goals[0]), experiment.evaluation.prompts[0]
     count = texts_per_batch(experiment)
     items = [GenerationItem(str(n), goal.id, "timed", "timed", 1.0, prompt, n, n) for n in range(count)]
-    direction = torch.nn.functional.normalize(torch.ones(actor.worker.engine.decoder.d_model), dim=0).numpy()
+    direction = torch.nn.functional.normalize(torch.ones(actor.engine.decoder.d_model), dim=0).numpy()
     actor.generate(items[:1], {"timed": direction})
     timed = {}
     started = time.monotonic()

@@ -111,6 +111,16 @@ def test_contents_are_what_the_stages_found(session: Session, report: Path) -> N
     assert page["charts"].keys() == {"product", "plane", *(f"criteria-{method}" for method in METHODS)}
 
 
+def test_a_method_with_options_of_its_own_has_its_name_and_colour(tmp_path: Path) -> None:
+    methods = ("sae_ts", "sae_ts:bias_weight=0")
+    path = write_report(small(tmp_path / "variants", methods=methods)).local
+    assert path is not None
+    plain, variant, _ = told(path)["methods"]
+    assert (plain["id"], variant["id"]) == methods
+    assert (plain["name"], variant["name"]) == ("SAE-TS", "SAE-TS, bias weight 0")
+    assert plain["colour"] != variant["colour"]
+
+
 def test_a_run_without_results_says_which_stage_is_missing(
     session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
