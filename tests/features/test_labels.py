@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -54,15 +55,48 @@ def test_labels_are_read_from_files_of_three_kinds(kind: str, tmp_path: Path) ->
     assert read_labels(str(path)) == LABELS
 
 
+EXPLAINED = [
+    {"modelId": "gemma-2-2b", "layer": "12-gemmascope-res-16k", "index": "907", "description": " weddings [sic]"},
+    {"modelId": "gemma-2-2b", "layer": "12-gemmascope-res-16k", "index": "12", "description": "twelve"},
+    {"modelId": "gemma-2-2b", "layer": "12-gemmascope-res-16k", "index": "12", "description": "a second explanation"},
+    {"modelId": "gemma-2-2b", "layer": "12-gemmascope-res-16k", "index": "13", "description": None},
+]
+"""As Neuronpedia exports explanations, with more keys than are read."""
+
+
+@pytest.mark.parametrize("kind", ["list.json", "old.json", "batch-0.jsonl", "batch-0.jsonl.gz", "folder"])
+def test_labels_are_read_from_neuronpedias_explanations(kind: str, tmp_path: Path) -> None:
+    path, lines = tmp_path / kind, [json.dumps(one).encode() for one in EXPLAINED]
+    if kind.endswith(".json"):
+        path.write_text(json.dumps({"explanations": EXPLAINED} if kind == "old.json" else EXPLAINED))
+    elif kind == "folder":
+        path.mkdir()
+        (path / "batch-0.jsonl").write_bytes(lines[0])
+        (path / "batch-1.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines[1:])))
+    else:
+        content = b"\n".join(lines) + b"\n"
+        path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+    assert read_labels(str(path)) == LABELS
+
+
+def test_a_folder_without_batches_holds_no_labels(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a folder needs batches"):
+        read_labels(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
         ("none.csv", None, "no such file of labels"),
-        ("labels.txt", "907 weddings", "expected a .csv, .parquet or .json file"),
+        ("labels.txt", "907 weddings", "expected a .csv, .parquet, .json, .jsonl or .jsonl.gz file"),
         ("labels.csv", "id,name\n907,weddings\n", "expected features and labels"),
         ("labels.csv", "feature,label\nwedding,907\n", "expected features and labels"),
         ("labels.parquet", "no parquet", "expected features and labels"),
-        ("labels.json", "[907]", "got a list"),
+        ("labels.json", "[907]", "got a int without these"),
+        ("labels.json", '[{"index": "907"}]', "got a dict without these"),
+        ("labels.json", "907", "got a int"),
+        ("labels.jsonl", "907 weddings", "expected features and labels"),
+        ("labels.jsonl.gz", "no gzip", "expected features and labels"),
         ("labels.json", "{", "expected features and labels"),
     ],
 )
