@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from saets.commands import compare, exchange, features, forecast, plan, report, stages, steer
+from saets.commands import compare, exchange, explorer, features, forecast, plan, report, stages, steer
 from saets.commands.common import Command, errors
 from saets.errors import InputError
 
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="saets", description="Steer language models by targeting the features of an SAE.")
     parser.add_argument("--verbose", action="store_true", help="show what Ray and the libraries say")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (stages, report, plan, compare, features, steer, forecast, exchange):
+    for module in (stages, report, explorer, plan, compare, features, steer, forecast, exchange):
         module.add(commands)
     return parser
 

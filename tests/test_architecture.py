@@ -19,7 +19,7 @@ FLOORS = (
     {"pipeline"},
     {"stages", "planning"},
     {"checks", "doctor", "explore", "distributed"},
-    {"forecast", "features", "judge", "generation", "effects", "run_folder", "scores", "plots", "report", "model"},
+    {"forecast", "features", "judge", "generation", "effects", "run_folder", "scores", "plots", "report", "explorer", "model"},
     {"engine", "methods", "fit", "vector", "hub", "sae"},
     {"experiment", "records"},
     {"terminal", "files", "tokens", "hooks", "shapes", "errors"},

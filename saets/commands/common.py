@@ -28,18 +28,27 @@ Commands = argparse._SubParsersAction
 
 
 def add_command(
-    commands: Commands, name: str, command: Command, text: str, *, experiment: bool = True
+    commands: Commands, name: str, command: Command, text: str, *, experiment: bool = True, page: str | None = None
 ) -> argparse.ArgumentParser:
-    """A command with the options that all have; those about an experiment by `experiment`."""
+    """A command with the options that all have; those about an experiment by `experiment`.
+
+    Where it writes a `page`, which is then its name, `--out` is not the run folder but the page.
+    """
     added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     added.set_defaults(command=command)
     if not experiment:
         return added
     added.add_argument("experiment", help="a preset name, a TOML file, or a run folder (path or URI)")
-    added.add_argument(
-        "--out",
-        help="run folder: a path, or a URI such as s3://bucket/folder; by default the run folder itself, else runs/NAME",
-    )
+    if page is None:
+        added.add_argument(
+            "--out",
+            help="run folder: a path, or a URI such as s3://bucket/folder; by default the run folder itself, else runs/NAME",
+        )
+    else:
+        added.add_argument(
+            "--out", dest="page", metavar="FILE", help=f"the page to write; by default {page} in the run folder, if there is one"
+        )
+        added.set_defaults(out=None)
     added.add_argument(
         "--progress",
         choices=("auto", "bars", "lines", "none"),
@@ -105,6 +114,13 @@ def experiment_of(options: argparse.Namespace) -> tuple[Experiment, Location]:
     given = locate(options.experiment)
     experiment = load_experiment(given, options.overrides)
     return experiment, out or (given if given.is_folder() else locate(f"runs/{experiment.name}"))
+
+
+def page_path(options: argparse.Namespace, folder: Location, name: str) -> Location:
+    """Where a page is to be written: where --out says, else in the run folder, or here where there is none."""
+    if options.page:
+        return locate(options.page)
+    return (folder if (folder / "experiment.toml").is_file() else locate(".")) / name
 
 
 def show_path(what: str, path: Location) -> None:

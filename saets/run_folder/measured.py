@@ -53,19 +53,20 @@ class ShardRows(NamedTuple):
     chosen: np.ndarray
     """[rows of the shard], bool."""
 
-    def tables(self) -> Iterator[pa.Table]:
-        """The chosen rows, those of a row group after another; groups without any are not read.
+    def tables(self, columns: Sequence[str] = COLUMNS) -> Iterator[pa.Table]:
+        """The chosen rows, those of a row group after another; groups without any, and columns that are not there, are not read.
 
         Raises:
             InputError: the shard is gone, or the storage fails.
         """
         start = 0
         with open_shard(self.shard) as file:
+            there = [name for name in columns if name in file.schema_arrow.names]
             for group in range(file.num_row_groups):
                 end = start + file.metadata.row_group(group).num_rows
                 chosen, start = self.chosen[start:end], end
                 if chosen.any():
-                    rows = file.read_row_group(group, list(COLUMNS))
+                    rows = file.read_row_group(group, there)
                     yield rows if chosen.all() else rows.filter(pa.array(chosen))
 
 
@@ -79,6 +80,14 @@ class MeasuredRows:
 
     def __len__(self) -> int:
         return sum(int(part.chosen.sum()) for part in self.parts)
+
+    def has(self, column: str) -> bool:
+        """Whether any shard has this column."""
+        for part in self.parts:
+            with open_shard(part.shard) as file:
+                if column in file.schema_arrow.names:
+                    return True
+        return False
 
     def batches(self) -> Iterator[RowBatch]:
         """The rows, those of a row group at a time. Raises `InputError`: see `ShardRows.tables`."""
