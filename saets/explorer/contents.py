@@ -119,13 +119,13 @@ def _linked(links: pl.DataFrame, found: Measured, own: Mapping[int, int], vector
         number = own.get(feature, -1)
         if linked is not None and number >= len(found.facts):
             for place, one in enumerate(linked[:top]):
-                effects.index[number, place], effects.value[number, place] = one["feature"], one["effect"]
+                effects.which[number, place], effects.value[number, place] = one["feature"], one["effect"]
     weakest = torch.full((len(links), 1), float("inf"))
     for feature, linked in links.select("feature", "causes").iter_rows():
         weakest[feature] = min((abs(one["effect"]) for one in linked), default=0.0)
         new = [one for one in linked if own.get(one["feature"], -1) >= len(found.facts)]
         for place, one in enumerate(new[:top]):
-            causes.index[feature, place], causes.value[feature, place] = own[one["feature"]], one["effect"]
+            causes.which[feature, place], causes.value[feature, place] = own[one["feature"]], one["effect"]
     joined = found.causes.joined(causes)
     return {
         "effects": effects,

@@ -51,9 +51,9 @@ def packed(lists: Mapping[str, Lists]) -> tuple[dict[str, Any], dict[str, str]]:
     shapes: dict[str, Any] = {}
     blobs: dict[str, str] = {}
     for name, found in lists.items():
-        kind = index_type(int(found.index.max()) if found.index.numel() else 0)
-        shapes[name] = {"rows": len(found.index), "width": found.index.shape[1], "index": kind, "errors": found.error is not None}
-        blobs[f"{name}.index"] = blob(_integers(found.index.numpy(), kind))
+        kind = index_type(int(found.which.max()) if found.which.numel() else 0)
+        shapes[name] = {"rows": len(found.which), "width": found.which.shape[1], "index": kind, "errors": found.error is not None}
+        blobs[f"{name}.index"] = blob(_integers(found.which.numpy(), kind))
         blobs[f"{name}.value"] = blob(halves(found.value))
         if found.error is not None:
             blobs[f"{name}.error"] = blob(halves(found.error))

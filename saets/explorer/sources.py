@@ -80,7 +80,7 @@ class Sources:
                     "`saets fit` first, or `saets pull` where the experiment names published files"
                 )
         shapes = {(rows.d_model, rows.d_sae)} if rows else set()
-        shapes |= {tuple(fit.approximator.M.shape)} if fit else set()
+        shapes |= {(fit.approximator.M.shape[0], fit.approximator.M.shape[1])} if fit else set()
         decoder = _decoder(experiment, min(shapes)[0], missing)
         shapes |= {(decoder.shape[1], decoder.shape[0])} if decoder is not None else set()
         if len(shapes) > 1:

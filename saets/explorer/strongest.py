@@ -13,7 +13,7 @@ from saets.shapes import Float, Int
 class Lists(NamedTuple):
     """For each of many things what is strongest, strongest first; unused places hold 0 and NaN."""
 
-    index: Int[Tensor, "things top"]
+    which: Int[Tensor, "things top"]
     value: Float[Tensor, "things top"]
     error: Float[Tensor, "things top"] | None = None
     """Standard errors of the values, NaN where one is not known; None where none is."""
@@ -26,24 +26,24 @@ class Lists(NamedTuple):
 
     def joined(self, other: Lists) -> Lists:
         """Of each thing the strongest in either, by size; of equal ones those of this."""
-        columns = [torch.cat([mine, more], 1) for mine, more in zip(self[:2], other[:2], strict=True)]
+        which, value = torch.cat([self.which, other.which], 1), torch.cat([self.value, other.value], 1)
         errors = None
         if self.error is not None or other.error is not None:
             errors = torch.cat([_errors(self), _errors(other)], 1)
-        return Lists(*columns, errors).sorted(self.value.shape[1])
+        return Lists(which, value, errors).sorted(self.value.shape[1])
 
     def sorted(self, top: int) -> Lists:
         """The `top` strongest of each thing in order."""
         sizes = self.value.abs().nan_to_num(nan=-1.0)
         order = sizes.sort(dim=1, descending=True, stable=True).indices[:, :top]
-        index, value = self.index.gather(1, order), self.value.gather(1, order)
+        index, value = self.which.gather(1, order), self.value.gather(1, order)
         return Lists(index, value, None if self.error is None else self.error.gather(1, order))
 
     @staticmethod
     def stacked(parts: list[Lists]) -> Lists:
         """The lists of several groups of things, one group after the other."""
         errors = None if all(part.error is None for part in parts) else torch.cat([_errors(part) for part in parts])
-        return Lists(torch.cat([part.index for part in parts]), torch.cat([part.value for part in parts]), errors)
+        return Lists(torch.cat([part.which for part in parts]), torch.cat([part.value for part in parts]), errors)
 
 
 def _errors(lists: Lists) -> Tensor:
@@ -61,4 +61,4 @@ def of_columns(
 ) -> Lists:
     """Of each column the same; the rows are numbered from `start`."""
     found = of_rows(values.T, top, None if errors is None else errors.T)
-    return found._replace(index=found.index + start)
+    return found._replace(which=found.which + start)

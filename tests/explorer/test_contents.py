@@ -45,11 +45,11 @@ def test_effects_of_each_vector_and_causes_of_each_feature_are_the_largest_in_si
     assert len(contents.vectors) == 10
     for vector, effect in enumerate(effects):
         lists = contents.lists["effects"]
-        assert lists.index[at[vector]].tolist() == strongest(effect)
+        assert lists.which[at[vector]].tolist() == strongest(effect)
         assert lists.value[at[vector]].tolist() == effect[strongest(effect)].tolist()
     for feature in range(64):
         lists = contents.lists["causes"]
-        assert lists.index[feature].tolist() == [at[vector] for vector in strongest(effects[:, feature])]
+        assert lists.which[feature].tolist() == [at[vector] for vector in strongest(effects[:, feature])]
         assert lists.value[feature].tolist() == effects[strongest(effects[:, feature]), feature].tolist()
 
 
@@ -73,7 +73,7 @@ def test_a_vector_measured_anew_counts_once_with_its_newest_row(run: RunFolder, 
     contents = explored(tiny_experiment, run)
     assert len(contents.vectors) == 10
     assert contents.on_itself["on_itself"][3].item() == pytest.approx(-3 * effects[0, 3], rel=1e-3)
-    assert contents.lists["causes"].index.max() < 10
+    assert contents.lists["causes"].which.max() < 10
 
 
 def test_standard_errors_of_each_feature_go_with_the_effects(run: RunFolder, tiny_experiment: Experiment) -> None:
@@ -115,15 +115,15 @@ def test_predictions_are_those_of_the_approximator_for_decoder_rows_sae_ts_and_o
         for name, direction in wanted.items():
             effect = normalize(direction, dim=0) @ made.M + made.b
             lists = contents.lists[name]
-            assert lists.index[feature].tolist() == strongest(effect.numpy())
-            assert lists.value[feature].tolist() == pytest.approx(effect[lists.index[feature]].tolist(), rel=1e-4, abs=1e-5)
+            assert lists.which[feature].tolist() == strongest(effect.numpy())
+            assert lists.value[feature].tolist() == pytest.approx(effect[lists.which[feature]].tolist(), rel=1e-4, abs=1e-5)
             assert contents.on_itself[f"{name}_on_itself"][feature].item() == pytest.approx(effect[feature].item(), abs=1e-5)
     vectors, _ = planted(tiny_experiment)
     others = [facts for facts in contents.vectors if facts["feature"] is None]
     for row, facts in enumerate(others):
         vector = next(vector for vector in vectors if vector_id(vector) == facts["vector_id"])
         effect = torch.tensor(vector) @ made.M + made.b
-        assert contents.lists["vector_predicted"].index[row].tolist() == strongest(effect.numpy())
+        assert contents.lists["vector_predicted"].which[row].tolist() == strongest(effect.numpy())
         cosines = normalize(decoder, dim=1) @ torch.tensor(vector)
         nearest = contents.lists["nearest"].value[row].abs().tolist()
         assert nearest == pytest.approx(cosines.abs().sort(descending=True).values[:5].tolist(), abs=0.01)
@@ -165,8 +165,8 @@ def test_the_runs_own_vectors_have_their_names_and_are_predicted_where_they_were
     last = contents.vectors[-1]
     assert (last["vector_id"], last["names"], last["where"]) == (new.id, [["a--b", "sae_ts"]], PREDICTED)
     effect = new.direction @ made.M + made.b
-    assert contents.lists["vector_predicted"].index[-1].tolist() == strongest(effect.numpy())
-    assert len(contents.lists["effects"].index) == 10
+    assert contents.lists["vector_predicted"].which[-1].tolist() == strongest(effect.numpy())
+    assert len(contents.lists["effects"].which) == 10
 
 
 def test_an_approximator_alone_is_enough(tmp_path: Path, tiny_experiment: Experiment) -> None:
@@ -231,11 +231,11 @@ def test_shipped_sums_are_shown_by_their_links_and_causes_end_where_one_might_be
         number = where[feature][0]
         linked = [(one["feature"], pytest.approx(one["effect"], rel=1e-3)) for one in links["effects"][feature]]
         lists = contents.lists["effects"]
-        assert list(zip(lists.index[number].tolist(), lists.value[number].tolist(), strict=True))[:10] == linked
+        assert list(zip(lists.which[number].tolist(), lists.value[number].tolist(), strict=True))[:10] == linked
         assert lists.value[number][10:].isnan().all()
     for feature in range(0, 4096, 300):
         causes = contents.lists["causes"]
-        kept = {i: v for i, v in zip(causes.index[feature].tolist(), causes.value[feature].tolist(), strict=True) if v == v}
+        kept = {i: v for i, v in zip(causes.which[feature].tolist(), causes.value[feature].tolist(), strict=True) if v == v}
         linked = {where[one["feature"]][0]: one["effect"] for one in links["causes"][feature]}
         weakest = min(abs(value) for value in linked.values())
         assert all(abs(value) >= weakest for value in kept.values())

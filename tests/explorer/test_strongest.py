@@ -22,7 +22,7 @@ def test_the_strongest_of_each_column_do_not_depend_on_the_pieces_the_rows_come_
         start += len(values)
     for column in range(23):
         order = sorted(range(50), key=lambda row: -abs(TABLE[row, column].item()))[:6]
-        assert found.index[column].tolist() == order
+        assert found.which[column].tolist() == order
         assert torch.equal(found.value[column], TABLE[order, column])
         assert found.error is not None
         assert torch.equal(found.error[column], ERRORS[order, column])
@@ -31,21 +31,21 @@ def test_the_strongest_of_each_column_do_not_depend_on_the_pieces_the_rows_come_
 def test_the_strongest_of_each_row_are_those_largest_in_size_whatever_their_sign() -> None:
     found = of_rows(TABLE, 4)
     for row in range(50):
-        assert found.index[row].tolist() == sorted(range(23), key=lambda column: -abs(TABLE[row, column].item()))[:4]
+        assert found.which[row].tolist() == sorted(range(23), key=lambda column: -abs(TABLE[row, column].item()))[:4]
     assert (found.value < 0).any()
     assert (found.value > 0).any()
 
 
 def test_a_number_that_is_none_comes_last() -> None:
     values = torch.tensor([[float("nan"), 0.5, -2.0]])
-    assert of_rows(values, 2).index.tolist() == [[2, 1]]
+    assert of_rows(values, 2).which.tolist() == [[2, 1]]
     assert of_rows(values, 5).value.isnan().tolist() == [[False, False, True]]
 
 
 def test_errors_that_one_part_lacks_are_not_known() -> None:
     joined = of_columns(TABLE[:2], 0, 2).joined(of_columns(TABLE[2:4], 2, 2, ERRORS[2:4]))
     assert joined.error is not None
-    assert (joined.error.isnan() == (joined.index < 2)).all()
+    assert (joined.error.isnan() == (joined.which < 2)).all()
 
 
 @pytest.mark.parametrize("block", [4, 512])
@@ -59,9 +59,9 @@ def test_neighbours_are_the_others_of_the_largest_cosines_by_any_blocks(block: i
     for row in range(50):
         others = cosines[row].clone()
         others[row] = -2
-        assert row not in found.index[row].tolist()
+        assert row not in found.which[row].tolist()
         assert found.value[row].tolist() == pytest.approx(others.sort(descending=True).values[:5].tolist(), abs=0.01)
-        assert cosines[row, found.index[row]].tolist() == pytest.approx(found.value[row].tolist(), abs=0.01)
+        assert cosines[row, found.which[row]].tolist() == pytest.approx(found.value[row].tolist(), abs=0.01)
 
 
 def test_a_direction_of_length_zero_has_no_neighbours_and_is_none() -> None:
