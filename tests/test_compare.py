@@ -299,7 +299,9 @@ def test_a_model_that_never_answers_stops_the_comparison_with_the_reason(
 def test_battles_that_cannot_be_are_refused_by_name(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=r"needs two methods; got caa"):
         fight(out, methods=("caa",))
-    with pytest.raises(InputError, match="unknown method of this experiment 'sae_tt'.*sae_ts"):
+    with pytest.raises(InputError, match="unknown method 'sae_tt'.*did you mean 'sae_ts'"):
         fight(out, methods=("caa", "sae_tt"))
+    with pytest.raises(InputError, match="unknown method of this experiment 'ridge'.*sae_ts"):
+        fight(out, methods=("caa", "ridge"))
     assert main(["compare", str(out), "--samples", "0"]) == 2
     assert "--samples is 0" in capsys.readouterr().err
