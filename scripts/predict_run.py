@@ -25,7 +25,8 @@ from saets.stages.effects import measure_effects
 from saets.stages.evaluate import evaluate
 from saets.stages.fit import fit_approximator
 from saets.stages.measures import measure_completions
-from saets.stages.results import write_plots, write_results
+from saets.stages.plot import write_plots
+from saets.stages.results import write_results
 from saets.stages.session import Session
 from saets.stages.vectors import build_vectors
 
