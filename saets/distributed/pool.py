@@ -18,7 +18,7 @@ from saets.effects.worker import Failure, Measurement
 from saets.experiment.config import Experiment
 from saets.experiment.goal import Goal
 from saets.generation import SteeringWorker
-from saets.judge.local import LocalJudge
+from saets.judge.local import Graded, LocalJudge
 from saets.records import Generation, Grade, VectorItem
 from saets.scores.disturbance import DisturbanceWorker
 from saets.scores.measures import Measures, measure_texts
@@ -49,7 +49,7 @@ class SteeringActor(SteeringWorker):
     def measure(self, texts: Sequence[Generation]) -> list[Measures]:
         return measure_texts(self.model, texts, self.experiment.evaluation.prompt_format)
 
-    def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
+    def grade(self, goal: Goal, texts: Sequence[Generation]) -> Graded:
         if self._judge is None:
             settings = self.experiment
             self._judge = LocalJudge(self.model, settings.judge.embedder, settings.evaluation, seed=settings.seed)
@@ -121,15 +121,16 @@ class SteeringPool:
 
 
 class PooledJudge:
-    """The local judge, run on the pool's actors."""
+    """The local judge, run on the pool's actors; what it measures besides is handed over."""
 
-    def __init__(self, call: Call, name: str) -> None:
-        self._call, self.name = call, name
+    def __init__(self, call: Call, name: str, measured: Callable[[list[Measures]], None]) -> None:
+        self._call, self.name, self._measured = call, name, measured
 
     async def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
         """Two grades a text, in order."""
-        grades: list[Grade] = await self._call("grade", goal, list(texts))
-        return grades
+        found: Graded = await self._call("grade", goal, list(texts))
+        self._measured(found.measures)
+        return found.grades
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -25,7 +25,7 @@ from saets.files.storage import shareable
 from saets.judge import clean_text
 from saets.judge.embedder import Embedder
 from saets.records import CRITERIA, Generation, Grade
-from saets.scores.measures import CompletionTokens, completion_losses, distinct_share
+from saets.scores.measures import CompletionTokens, Measures, completion_losses, distinct_share, measure_texts
 from saets.tokens import completion_text, encode, end_tokens
 
 RIDGE = 0.1
@@ -192,6 +192,14 @@ class Coherence:
         return [(prompt, completion) for prompt, completion in pairs if completion.strip()]
 
 
+class Graded(NamedTuple):
+    """What the judge finds in texts with one pass of the model over them."""
+
+    grades: list[Grade]
+    measures: list[Measures]
+    """One a text."""
+
+
 class LocalJudge:
     """Grades by a sentence embedder and the unsteered model; a proxy whose scores do not compare with an LLM judge's."""
 
@@ -209,6 +217,7 @@ class LocalJudge:
             InputError: embedder missing (says what to install), or settings the model cannot sample with.
         """
         self.name = f"local:{shareable(embedder)}"
+        self._model, self._prompt_format = model, settings.prompt_format
         self.behaviour = Behaviour(Embedder(embedder, next(model.original_model.parameters()).device))
         self.coherence = Coherence(model, settings, seed=seed)
 
@@ -216,13 +225,14 @@ class LocalJudge:
         """See `Behaviour.separation`."""
         return self.behaviour.separation(goal)
 
-    def grade(self, goal: Goal, texts: Sequence[Generation]) -> list[Grade]:
+    def grade(self, goal: Goal, texts: Sequence[Generation]) -> Graded:
         """Two grades a text, behaviour then coherence, in the order of the texts; none has a score where nothing was said."""
+        measures = measure_texts(self._model, texts, self._prompt_format)
         said = [i for i, text in enumerate(texts) if text.completion.strip()]
         similarities = self.behaviour.similarities(goal, [texts[i].completion for i in said])
-        fluencies = self.coherence.measure([(texts[i].prompt, texts[i].completion) for i in said])
-        figures = dict(zip(said, zip(similarities, fluencies, strict=True), strict=True))
-        return [grade for i, text in enumerate(texts) for grade in self._grades(goal, text, figures.get(i))]
+        figures = {i: (similarity, _fluency(measures[i])) for i, similarity in zip(said, similarities, strict=True)}
+        grades = [grade for i, text in enumerate(texts) for grade in self._grades(goal, text, figures.get(i))]
+        return Graded(grades, measures)
 
     def _grades(self, goal: Goal, text: Generation, figures: tuple[float, Fluency] | None) -> list[Grade]:
         if figures is None:
@@ -243,6 +253,12 @@ class LocalJudge:
                 self.name,
             ),
         ]
+
+
+def _fluency(measures: Measures) -> Fluency:
+    """Not a number where the text has no tokens, or the model's loss on it is none."""
+    loss, repetition = measures.loss, measures.repetition
+    return Fluency(math.nan if loss is None else loss, math.nan if repetition is None else 1.0 - repetition)
 
 
 def leave_one_out(

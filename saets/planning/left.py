@@ -57,6 +57,8 @@ class Left:
     """Texts that are there and have no grades."""
     unmeasured: int
     """Texts, there or not, without the figures that need no judge."""
+    unread: int
+    """Of these, those that no local judge measures when it grades them."""
 
 
 def what_is_left(session: Session, d_model: int) -> Left:
@@ -78,9 +80,25 @@ def what_is_left(session: Session, d_model: int) -> Left:
     texts = _all_texts(experiment, goals)
     total = texts.total()
     texts.subtract((text.goal, text.prompt) for text in have)
-    measured = len(run.measures.ids() & {text.generation_id for text in have})
+    bare = {text.generation_id for text in have} - run.measures.ids()
+    to_come = total - len(have)
+    local = experiment.judge.kind == "local"
+    unread = len(bare - {text.generation_id for text in ungraded}) if local else len(bare) + to_come
     return Left(
-        goals, published, fetched, vectors, known, blocks, rows, fits, pairs, +texts, len(have), tuple(ungraded), total - measured
+        goals,
+        published,
+        fetched,
+        vectors,
+        known,
+        blocks,
+        rows,
+        fits,
+        pairs,
+        +texts,
+        len(have),
+        tuple(ungraded),
+        unmeasured=len(bare) + to_come,
+        unread=unread,
     )
 
 

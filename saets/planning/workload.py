@@ -209,8 +209,8 @@ def _grades(experiment: Experiment, left: Left, sizes: Sizes) -> Part | None:
 
 
 def _figures(experiment: Experiment, left: Left, sizes: Sizes) -> Part | None:
-    """Perplexity and the other figures of each text."""
-    return _reading(experiment, sizes, "figures", "texts", left.unmeasured, TEXTS_AT_ONCE, 0.0)
+    """Perplexity and the other figures of each text, where no local judge finds them."""
+    return _reading(experiment, sizes, "figures", "texts", left.unread, TEXTS_AT_ONCE, 0.0)
 
 
 def _reading(experiment: Experiment, sizes: Sizes, stage: str, what: str, texts: int, together: int, besides: float) -> Part:

@@ -26,7 +26,7 @@ from saets.judge.failures import Failures
 from saets.judge.openai import OpenAIJudge
 from saets.judge.wording import VERSIONS
 from saets.records import CRITERIA, UNSTEERED, Generation, GenerationItem, content_id
-from saets.run_folder.rows import generation_rows, grade_rows
+from saets.run_folder.rows import generation_rows, grade_rows, measures_rows
 from saets.run_folder.store import Appender, Table
 from saets.stages.asking import FREELY, Asking, check_server, opened_judge
 from saets.stages.scales import scales_of
@@ -74,11 +74,14 @@ def evaluate(
 
     async def main(call: Call) -> None:
         settings = session.experiment.judge
-        if grade and settings.kind == "openai":
+        if not grade:
+            await overlapped(call, None)
+        elif settings.kind == "openai":
             async with opened_judge(session, asking, expected) as judge:
                 await overlapped(call, judge)
         else:
-            await overlapped(call, PooledJudge(call, judge_name(settings)) if grade else None)
+            with Appender(session.run.measures, measures_rows) as measures:
+                await overlapped(call, PooledJudge(call, judge_name(settings), measures.add))
 
     async def overlapped(call: Call, judge: Judge | None) -> None:
         directions = session.pool.share({vector.id: vector.direction.numpy() for vector in vectors.values()}) if batches else None

@@ -1,4 +1,4 @@
-"""Figures of every completion that need no judge, each computed once, on the actors that hold the model."""
+"""Figures of every completion that need no judge, on the actors that hold the model; a local judge leaves none to compute."""
 
 from __future__ import annotations
 

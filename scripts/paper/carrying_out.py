@@ -142,7 +142,7 @@ def _renamed(texts: pl.DataFrame) -> pl.DataFrame:
 
 
 def seconds_a_text(experiment: Experiment) -> Mapping[str, float]:
-    """What an actor takes to write, to measure and, with a local judge, to grade a text: one batch in this process, steered.
+    """What an actor takes to write a text and to grade it (with a server's judge, to measure it): one batch here, steered.
 
     Reading weights and calibrating the judge on its examples are left out.
     """
@@ -156,12 +156,10 @@ def seconds_a_text(experiment: Experiment) -> Mapping[str, float]:
     started = time.monotonic()
     texts = actor.generate(items, {"timed": direction})
     timed["writing"] = (time.monotonic() - started) / count
+    local = experiment.judge.kind == "local"
+    read = (lambda texts: actor.grade(goal, texts)) if local else actor.measure
+    read(texts[:1])
     started = time.monotonic()
-    actor.measure(texts)
-    timed["measuring"] = (time.monotonic() - started) / count
-    if experiment.judge.kind == "local":
-        actor.grade(goal, texts[:1])
-        started = time.monotonic()
-        actor.grade(goal, texts)
-        timed["grading"] = (time.monotonic() - started) / count
+    read(texts)
+    timed["grading" if local else "measuring"] = (time.monotonic() - started) / count
     return timed

