@@ -92,9 +92,7 @@ def model_shape(spec: Model) -> tuple[int, int, int]:
 
 def cached_numbers(spec: Model) -> int:
     """Keys and values that a token leaves behind in all blocks together, as numbers."""
-    if spec.loader == "random":
-        return 2 * spec.random.n_layers * spec.random.d_model
-    text = _config(spec).get_text_config()
+    text = model_config(spec).get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * int(text.num_hidden_layers) * int(heads) * int(width)
@@ -173,10 +171,8 @@ def weight_count(spec: Model) -> int:
 
 
 def _without_weights(spec: Model) -> torch.nn.Module:
-    if spec.loader == "random":
-        return random_llama(spec.random, torch.float32).model
     with torch.device("meta"):
-        empty: torch.nn.Module = AutoModelForCausalLM.from_config(_config(spec))
+        empty: torch.nn.Module = AutoModelForCausalLM.from_config(model_config(spec))
     return empty
 
 
