@@ -32,6 +32,7 @@ from saets.distributed.rollcall import (
     SILENT_SECONDS,
     Board,
     actors_alive,
+    all_actors,
     answering,
     give_up,
     lost_actors,
@@ -165,7 +166,7 @@ class Watch:
         self.given_up: set[str] = set()
         self.lost: set[str] = set()
         """All whose node was lost meanwhile; known on leaving."""
-        self._before = lost_actors(board)
+        self._before = all_actors(board)
         self._last, self._longest = time.monotonic(), 0.0
         self._over = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="saets-watch", daemon=True)
@@ -177,7 +178,9 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._watching.join()
-        self.lost = self.given_up | (lost_actors(self._board) - self._before)
+        self.lost = self.given_up | (lost_actors(self._board, 0.0) - self._before)
+        for actor in all_actors(self._board) - self._before:
+            give_up(actor)  # one that waits for a node would take the slot of an actor to come
 
     def results(self) -> None:
         """Some have come."""

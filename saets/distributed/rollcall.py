@@ -31,8 +31,11 @@ class _Board:
     def alive(self) -> int:
         return sum(time.monotonic() - heard < SILENT_SECONDS for heard, _ in self._heard.values())
 
-    def lost(self) -> set[str]:
-        silent = {actor for actor, (heard, _) in self._heard.items() if time.monotonic() - heard >= SILENT_SECONDS}
+    def all(self) -> set[str]:
+        return set(self._heard)
+
+    def lost(self, seconds: float = SILENT_SECONDS) -> set[str]:
+        silent = {actor for actor, (heard, _) in self._heard.items() if time.monotonic() - heard >= seconds}
         if not silent:
             return silent
         there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -54,13 +57,23 @@ def actors_alive(board: Board) -> int | None:
         return None
 
 
-def lost_actors(board: Board) -> set[str]:
-    """Ids of the actors whose node is gone and that run nowhere else yet; none where the board does not answer."""
+def all_actors(board: Board) -> set[str]:
+    """Ids of all actors that were ever heard of; none where the board does not answer."""
+    return _asked(board.all.remote())
+
+
+def lost_actors(board: Board, seconds: float = SILENT_SECONDS) -> set[str]:
+    """Ids of the actors that were silent for so long, whose node is gone, and that run nowhere else yet; none where the board
+    does not answer."""
+    return _asked(board.lost.remote(seconds))
+
+
+def _asked(answer: Any) -> set[str]:
     try:
-        lost: set[str] = ray.get(board.lost.remote(), timeout=BEAT_SECONDS)
+        found: set[str] = ray.get(answer, timeout=BEAT_SECONDS)
     except ray.exceptions.RayError:
         return set()
-    return lost
+    return found
 
 
 def give_up(actor: str) -> None:
