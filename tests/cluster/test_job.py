@@ -98,7 +98,7 @@ def test_a_job_that_loses_nodes_and_its_driver_ends_with_the_results_of_an_undis
     first, _ = cluster.add(), cluster.add()
     job = submit(client, out, empty)
 
-    client.until(job, lambda: list(out.glob("baseline/*.parquet")), "baseline")
+    client.until(job, lambda: list(out.glob("effects/baseline/*.parquet")), "baseline")
     first.kill()
     third = cluster.add()
     client.until(job, lambda: list(out.glob("effects/*.parquet")), "effects")
