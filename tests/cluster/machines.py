@@ -30,13 +30,16 @@ def until(true: Callable[[], Any], what: str, *, seconds: float = 240, every: fl
     return found
 
 
-def free_port() -> int:
-    """Below the range that Ray gives to its workers."""
-    for port in range(7000 + os.getpid() % 2000, 10000):
+def free_port(start: int = 7000) -> int:
+    """Below the range that Ray gives to its workers, and another each time."""
+    for port in _PORTS.setdefault(start, iter(range(start + os.getpid() % 900, start + 1000))):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError("no free port")
+
+
+_PORTS: dict[int, Iterator[int]] = {}
 
 
 class Machine:
@@ -46,8 +49,11 @@ class Machine:
         self.mark = uuid.uuid4().hex
         self.folder = Path(tempfile.mkdtemp(prefix="sm", dir="/tmp"))  # the paths of Ray's sockets must be short
         self._log = (self.folder / "log").open("w")
+        agent = (
+            f"--dashboard-agent-listen-port={free_port(9000)}"  # by default one port, which several nodes of a machine fight for
+        )
         self._process = subprocess.Popen(
-            [str(BIN / "ray"), "start", "--block", *SMALL, f"--temp-dir={self.folder}", *options],
+            [str(BIN / "ray"), "start", "--block", *SMALL, f"--temp-dir={self.folder}", agent, *options],
             env={**os.environ, **environment, MARK: self.mark},
             stdout=self._log,
             stderr=subprocess.STDOUT,
