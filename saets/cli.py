@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from saets.commands import compare, exchange, explorer, features, forecast, plan, report, stages, steer
 from saets.commands.common import Command, errors
@@ -16,7 +17,7 @@ from saets.errors import InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 where doctor found something, 2 for bad input, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if not options.verbose:
         warnings.filterwarnings("ignore")
@@ -35,20 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="saets", description="Steer language models by targeting the features of an SAE.")
-    parser.add_argument("--verbose", action="store_true", help="show what Ray and the libraries say")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    words = argparse.ArgumentParser(prog="saets", description="Steer language models by targeting the features of an SAE.")
+    words.add_argument("--verbose", action="store_true", help="show what Ray and the libraries say")
+    commands = words.add_subparsers(required=True, metavar="COMMAND")
     for module in (stages, report, explorer, plan, compare, features, steer, forecast, exchange):
         module.add(commands)
-    return parser
+    return words
 
 
 def _read_env() -> None:
-    """Take keys from a `.env` file in or above the working folder; what the environment has already wins."""
+    """Take keys from a `.env` file in or above the working folder, then from one in the home folder: a Ray job works in a copy
+    of the folder that it was submitted from. What the environment has already wins."""
     from dotenv import find_dotenv, load_dotenv
 
-    load_dotenv(find_dotenv(usecwd=True))
+    for file in (find_dotenv(usecwd=True), Path.home() / ".env"):
+        if file:
+            load_dotenv(file)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A new kind of model is one entry in `LOADERS`. Nothing here is downloaded, conve
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -89,6 +90,14 @@ def model_shape(spec: Model) -> tuple[int, int, int]:
     return text.hidden_size, text.num_hidden_layers, text.vocab_size
 
 
+def cached_numbers(spec: Model) -> int:
+    """Keys and values that a token leaves behind in all blocks together, as numbers."""
+    text = model_config(spec).get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * int(text.num_hidden_layers) * int(heads) * int(width)
+
+
 def model_type(spec: Model) -> str:
     """The kind of model by its config, such as `llama` or `gemma2`; its weights are not read."""
     return str(model_config(spec).model_type)
@@ -152,10 +161,24 @@ def load_model(spec: Model) -> Any:
     return bridge.eval().requires_grad_(False)
 
 
+def weight_count(spec: Model) -> int:
+    """Numbers in the model's weights, by its config; none is read.
+
+    Raises:
+        InputError: the model cannot be found.
+    """
+    return sum(p.numel() for p in _without_weights(spec).parameters())
+
+
+def _without_weights(spec: Model) -> torch.nn.Module:
+    with torch.device("meta"):
+        empty: torch.nn.Module = AutoModelForCausalLM.from_config(model_config(spec))
+    return empty
+
+
 def _check_fit(spec: Model, devices: Sequence[torch.device], dtype: torch.dtype) -> None:
     """The map names the model's modules, and the weights fit into the devices' memory; known without reading them."""
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(_from_hub(AutoConfig.from_pretrained, spec))
+    empty = _without_weights(spec)
     if isinstance(spec.device_map, dict):
         _check_map(spec.device_map, empty)
     numbers = sum(p.numel() for p in empty.parameters())
@@ -315,6 +338,14 @@ def _converted(file: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the actors of a node the first converts, and the others find it done
+        if not (folder / "config.json").is_file():
+            _convert(file, folder)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
     making = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     try:
         with quiet():
@@ -330,4 +361,3 @@ def _converted(file: Path) -> Path:
             making.rename(folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return folder

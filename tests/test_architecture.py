@@ -22,7 +22,7 @@ FLOORS = (
     {"forecast", "features", "judge", "generation", "effects", "run_folder", "scores", "plots", "report", "explorer", "model"},
     {"engine", "methods", "fit", "vector", "hub", "sae"},
     {"experiment", "records"},
-    {"terminal", "files", "tokens", "hooks", "shapes", "errors"},
+    {"terminal", "files", "tokens", "hooks", "keys", "shapes", "errors"},
 )
 """From the door down to the ground; a module imports from its own floor and from floors below."""
 

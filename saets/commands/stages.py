@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,12 @@ def add(commands: Commands) -> None:
         help="may be repeated; by default html, svg and png",
     )
     plot.add_argument("--to", metavar="FOLDER", help="where to write them (path or URI); by default plots/ in the run folder")
-    add_command(commands, "doctor", _doctor, "check that hooks, logits and effects are what the method takes for granted")
+    doctor = add_command(
+        commands, "doctor", _doctor, "check that hooks, logits and effects are what the method takes for granted"
+    )
+    doctor.add_argument(
+        "--cluster", action="store_true", help="check the nodes instead: GPUs, packages, shared storage, keys in the open"
+    )
     pull = add_command(commands, "pull", _pull, "fetch the published files that an experiment names into its run folder")
     pull.add_argument("--effects", action="store_true", help="also the measured effects, which may take gigabytes")
     push = add_command(commands, "push", _push, "put a run's approximator, vectors, effects and results on the hub")
@@ -190,12 +196,18 @@ def _plot(options: argparse.Namespace) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     from saets.checks import check_experiment
+    from saets.distributed.cluster import on_cluster
+    from saets.distributed.examination import examine_cluster, examine_secrets
     from saets.doctor import examine
 
-    experiment, _ = experiment_of(options)
+    experiment, out = experiment_of(options)
     check_experiment(experiment)
     failed = 0
-    for finding in examine(experiment):
+    if options.cluster:
+        findings = examine_cluster(experiment, out, verbose=options.verbose)
+    else:
+        findings = itertools.chain(examine(experiment), [examine_secrets()] if on_cluster() else [])
+    for finding in findings:
         failed += not finding.ok
         console.print(f"{'ok' if finding.ok else 'FAILED':<7} {finding.check:<15} {finding.detail}", markup=False)
     return 1 if failed else 0

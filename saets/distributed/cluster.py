@@ -11,8 +11,11 @@ from typing import Any
 import ray
 import ray.data  # sets up its loggers when imported, so before their levels are set here
 
+from saets.distributed.layout import Growth, Layout, given_layout, growth, laid_out
+from saets.distributed.nodes import check_nodes, survey
 from saets.errors import InputError
-from saets.experiment.config import Execution
+from saets.experiment.config import Execution, Experiment
+from saets.files.storage import Location
 
 SPARE_CPUS = 2
 """Ray Data and Ray Train need free CPU slots of their own; without them they wait for ever."""
@@ -26,27 +29,56 @@ DRIVERS_OWN = ("OPENAI_API_KEY",)
 class Cluster:
     """A Ray session: the cluster that RAY_ADDRESS or the enclosing job names, else one on this machine.
 
-    Nothing is started before `connect`. A session that exists already is used and left running.
+    Nothing is started before `connect`. A session that exists already is used and left running. Given an experiment and its run
+    folder, nodes are looked at before they are worked on.
     """
 
-    def __init__(self, execution: Execution, *, verbose: bool = False) -> None:
-        self.execution, self.verbose = execution, verbose
+    def __init__(
+        self, execution: Execution, *, experiment: Experiment | None = None, out: Location | None = None, verbose: bool = False
+    ) -> None:
+        self._experiment, self._out, self.verbose = experiment, out, verbose
+        self._layout = None if experiment else given_layout(execution)
         self._started = False
 
     def connect(self) -> None:
         """Be connected; asking again does nothing.
 
         Raises:
-            InputError: an actor needs more GPUs or CPUs than any node has.
+            InputError: an actor needs more GPUs or CPUs than any node has or may come with, or nodes on which work would fail.
         """
+        self.join()
+        if self._experiment and not self._layout:
+            self._layout = self._looked_at(self._experiment)
+        if self._layout:
+            check_resources(self._layout, growth())
+
+    def join(self) -> None:
+        """Be connected, whatever the nodes are."""
         if not ray.is_initialized():
             self._start()
-        check_resources(self.execution)
+
+    def layout(self, experiment: Experiment) -> Layout:
+        """Numbers for an experiment on these nodes, connected to them."""
+        self.connect()
+        if given := given_layout(experiment.execution):
+            return given
+        assert self._layout is not None, "a cluster without an experiment has no `auto`"
+        return self._layout
+
+    def _looked_at(self, experiment: Experiment) -> Layout:
+        """Its layout; several nodes are checked."""
+        several = sum(node["Alive"] for node in ray.nodes()) > 1
+        if not several and (given := given_layout(experiment.execution)):
+            return given
+        shared = self._out if several and experiment.fit.workers and experiment.fit.solver == "adam" else None
+        nodes = survey(experiment, shared)
+        check_nodes(experiment, nodes, shared)
+        return laid_out(experiment, nodes, growth())
 
     def _start(self) -> None:
         level = logging.INFO if self.verbose else logging.ERROR
         options: dict[str, Any] = {"log_to_driver": self.verbose, "logging_level": level}
-        if "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ:
+        if not on_cluster():
             cpus = max(4, os.cpu_count() or 1) + SPARE_CPUS
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(cpus))  # else it warns of four processes a core
@@ -64,6 +96,11 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         if self._started:
             ray.shutdown()
+
+
+def on_cluster() -> bool:
+    """Whether the environment names a cluster, or this process is a job on one."""
+    return "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
 
 
 @contextlib.contextmanager
@@ -90,22 +127,23 @@ def _without_ray_core_logs() -> Iterator[None]:
         os.close(nowhere)
 
 
-def check_resources(execution: Execution) -> None:
-    """Raise `InputError` where no node could ever hold one actor; Ray itself would wait for ever."""
+def check_resources(layout: Layout, more: Growth | None = None) -> None:
+    """Raise `InputError` where no node, and none that may come, could ever hold one actor; Ray itself would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for kind, asked in (("GPU", execution.gpus_per_actor), ("CPU", execution.cpus_per_actor)):
-        largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+    kinds = [*nodes, *([more.resources] if more else [])]
+    for kind, asked in (("GPU", layout.gpus_per_actor), ("CPU", 0 if layout.gpus_per_actor else layout.cpus_per_actor)):
+        largest = max((node.get(kind, 0.0) for node in kinds), default=0.0)
         if asked > largest:
             setting = f"execution.{kind.lower()}s_per_actor"
             raise InputError(
                 f"{setting} is {asked:g}, but the largest of {len(nodes)} nodes has {largest:g} {kind}s; "
-                f"lower it (--set {setting}={0 if kind == 'GPU' else 1}) or use another cluster"
+                f"lower it (--set {setting}={0 if kind == 'GPU' else 1}) or use another cluster; see `saets plan`"
             )
 
 
-def actor_count(execution: Execution, batches: int) -> int:
-    """How many actors to start: the setting, but never more than there is work for."""
-    return min(execution.actors, batches)
+def actor_count(layout: Layout, batches: int) -> int:
+    """How many actors to start: those of the layout, but never more than there is work for."""
+    return min(layout.actors, batches)
 
 
 def input_error(error: BaseException) -> InputError | None:

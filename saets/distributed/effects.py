@@ -13,6 +13,8 @@ import itertools
 import json
 import logging
 import os
+import threading
+import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,9 +23,21 @@ import pyarrow as pa
 import ray
 import torch
 from ray.data.block import BlockMetadata
+from ray.data.exceptions import ExecutionTimeoutError
 
 from saets.distributed.cluster import Cluster, actor_count, input_error
-from saets.distributed.rollcall import Board, answering
+from saets.distributed.layout import Layout
+from saets.distributed.rollcall import (
+    BEAT_SECONDS,
+    SILENT_SECONDS,
+    Board,
+    actors_alive,
+    all_actors,
+    answering,
+    give_up,
+    lost_actors,
+    open_board,
+)
 from saets.effects.pending import Pending
 from saets.effects.worker import EffectWorker, Failure, Measurement, describe, vectors_per_batch
 from saets.errors import InputError
@@ -110,35 +124,88 @@ def measure(
 
     `rows` a step are those an earlier part of the run recorded, if there was one. A batch whose process ends is tried again a
     few times; what is still missing then is tried once more, each vector by itself, so that one that kills its process costs
-    its neighbours nothing, and becomes a `Failure`.
+    its neighbours nothing, and becomes a `Failure`. A batch whose node is gone waits for another node as long as there is other
+    work, then goes to the actors that are left.
 
     Raises:
         InputError: what a worker found wrong with the experiment when it loaded, or sources that can no longer be read.
     """
-    cluster.connect()
-    for size in (vectors_per_batch(experiment), 1):
-        with contextlib.closing(_one_pass(pending, size, experiment, rows, board, actor)) as one_pass:
+    layout = cluster.layout(experiment)
+    experiment = layout.applied(experiment)
+    board = board or open_board()
+    sizes = [1, vectors_per_batch(experiment)]
+    while sizes:
+        size = sizes.pop()
+        with (
+            Watch(board) as watch,
+            contextlib.closing(_one_pass(pending, size, experiment, layout, rows, board, actor)) as one_pass,
+        ):
             for results, worker in one_pass:
+                watch.results()
                 pending.done(result.item for result in results)
                 yield results, worker
         if not len(pending):
             return
-        logger.warning("%d vectors lost their worker process; trying each by itself", len(pending))
+        if watch.lost:
+            logger.warning("%d vectors were in the hands of actors whose node is gone; measuring them again", len(pending))
+            sizes.append(size)
+        else:
+            logger.warning("%d vectors lost their worker process; trying each by itself", len(pending))
     reason = f"the worker process ended each time it was measured ({2 * (TASK_RETRIES + 1)} times)"
     yield [Failure(item, reason) for item in pending], None
 
 
+class Watch:
+    """Gives up actors whose node is gone once nothing comes from the others any more, so that a Dataset ends without them.
+
+    Until then they may find another node. Nothing comes any more where three times the longest wait for results has passed.
+    """
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self.given_up: set[str] = set()
+        self.lost: set[str] = set()
+        """All whose node was lost meanwhile; known on leaving."""
+        self._before = all_actors(board)
+        self._last, self._longest = time.monotonic(), 0.0
+        self._over = threading.Event()
+        self._watching = threading.Thread(target=self._watch, name="saets-watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._watching.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._watching.join()
+        self.lost = self.given_up | (lost_actors(self._board, 0.0) - self._before)
+        for actor in all_actors(self._board) - self._before:
+            give_up(actor)  # one that waits for a node would take the slot of an actor to come
+
+    def results(self) -> None:
+        """Some have come."""
+        now = time.monotonic()
+        self._longest, self._last = max(self._longest, now - self._last), now
+
+    def _watch(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            if time.monotonic() - self._last < max(SILENT_SECONDS, 3 * self._longest):
+                continue
+            for actor in lost_actors(self._board) - self._before - self.given_up:
+                give_up(actor)
+                self.given_up.add(actor)
+
+
 def _one_pass(
-    pending: Pending, size: int, experiment: Experiment, rows: int | None, board: Board | None, actor: type[EffectActor]
+    pending: Pending, size: int, experiment: Experiment, layout: Layout, rows: int | None, board: Board, actor: type[EffectActor]
 ) -> Generator[Batch]:
     """Results of the batches whose process lived."""
-    execution = experiment.execution
     dataset = ray.data.read_datasource(Batches(pending, size), override_num_blocks=1, num_cpus=0)
     dataset.context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     dataset.context.enable_progress_bars = False
     dataset.context.max_errored_blocks = -1
     dataset.context.target_max_block_size = ONE_ROW_A_BLOCK
-    gpus = execution.gpus_per_actor or None
+    gpus = layout.gpus_per_actor or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # restarts and retries have no named parameter in this Ray yet
         results = dataset.map_batches(
@@ -147,10 +214,10 @@ def _one_pass(
             batch_format="pyarrow",
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
-                size=actor_count(execution, -(-len(pending) // size)), max_tasks_in_flight_per_actor=1
+                size=actor_count(layout, -(-len(pending) // size)), max_tasks_in_flight_per_actor=1
             ),
             num_gpus=gpus,
-            num_cpus=None if gpus else execution.cpus_per_actor,
+            num_cpus=None if gpus else layout.cpus_per_actor,
             max_restarts=RESTARTS,
             max_task_retries=TASK_RETRIES,
         )
@@ -166,6 +233,11 @@ def _one_pass(
                     ended, reason = True, batch["error"][0].as_py()
                     if reason is not None:
                         raise InputError(f"the vectors could not be made: {reason}")
+    except ExecutionTimeoutError as error:
+        raise InputError(
+            f"nothing was measured for {NO_PROGRESS_SECONDS / 60:g} minutes, with {actors_alive(board)} actors alive; see "
+            "`ray status`, and run the same command again: everything written so far is kept"
+        ) from error
     except ray.exceptions.RayError as error:
         raise input_error(error) or error from error
     finally:

@@ -1,4 +1,4 @@
-"""Which actors are alive: each says so every few seconds to a board on the driver's node."""
+"""Which actors are alive: each says so every few seconds to a board on the driver's node. Which are lost with their node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ BEAT_SECONDS = 5.0
 """Time between two signs of life of an actor."""
 
 SILENT_SECONDS = 20.0
-"""An actor that was not heard of for so long does not count as alive."""
+"""An actor that was not heard of for so long does not count as alive. If its node is gone too it is lost: it waits for another
+node, which may never come."""
 
 Board = Any
 """Handle of a `_Board` actor."""
@@ -22,13 +23,23 @@ Board = Any
 
 class _Board:
     def __init__(self) -> None:
-        self._heard: dict[str, float] = {}
+        self._heard: dict[str, tuple[float, str]] = {}
 
-    def hear(self, actor: str) -> None:
-        self._heard[actor] = time.monotonic()
+    def hear(self, actor: str, node: str) -> None:
+        self._heard[actor] = time.monotonic(), node
 
     def alive(self) -> int:
-        return sum(time.monotonic() - heard < SILENT_SECONDS for heard in self._heard.values())
+        return sum(time.monotonic() - heard < SILENT_SECONDS for heard, _ in self._heard.values())
+
+    def all(self) -> set[str]:
+        return set(self._heard)
+
+    def lost(self, seconds: float = SILENT_SECONDS) -> set[str]:
+        silent = {actor for actor, (heard, _) in self._heard.items() if time.monotonic() - heard >= seconds}
+        if not silent:
+            return silent
+        there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return {actor for actor in silent if self._heard[actor][1] not in there}
 
 
 def open_board() -> Board:
@@ -46,16 +57,45 @@ def actors_alive(board: Board) -> int | None:
         return None
 
 
+def all_actors(board: Board) -> set[str]:
+    """Ids of all actors that were ever heard of; none where the board does not answer."""
+    return _asked(board.all.remote())
+
+
+def lost_actors(board: Board, seconds: float = SILENT_SECONDS) -> set[str]:
+    """Ids of the actors that were silent for so long, whose node is gone, and that run nowhere else yet; none where the board
+    does not answer."""
+    return _asked(board.lost.remote(seconds))
+
+
+def _asked(answer: Any) -> set[str]:
+    try:
+        found: set[str] = ray.get(answer, timeout=BEAT_SECONDS)
+    except ray.exceptions.RayError:
+        return set()
+    return found
+
+
+def give_up(actor: str) -> None:
+    """End an actor of this driver for good, so that what it was to do fails instead of waiting for it."""
+    from ray._private.worker import global_worker  # Ray ends an actor by its handle alone, and a Dataset shows none
+
+    worker: Any = global_worker
+    with contextlib.suppress(ray.exceptions.RayError):
+        worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
+
+
 def answering(board: Board | None) -> None:
     """From now on this actor tells the board that it is alive, also while it loads and computes."""
     if board is None:
         return
-    me = ray.get_runtime_context().get_actor_id()
+    context = ray.get_runtime_context()
+    me, node = context.get_actor_id(), context.get_node_id()
 
     def beat() -> None:
         while True:
             with contextlib.suppress(ray.exceptions.RayError):
-                board.hear.remote(me)
+                board.hear.remote(me, node)
             time.sleep(BEAT_SECONDS)
 
     threading.Thread(target=beat, daemon=True).start()

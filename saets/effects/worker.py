@@ -99,7 +99,10 @@ class EffectWorker:
         execution = self.experiment.execution
         if execution.rows != "auto":
             return execution.rows
-        share = 1.0 / execution.actors if self.engine.device.type == "cpu" else 1.0
+        if self.engine.device.type == "cpu":
+            share = 1.0 if execution.actors == "auto" else 1.0 / execution.actors
+        else:
+            share = 1.0 if execution.gpus_per_actor == "auto" else min(execution.gpus_per_actor or 1.0, 1.0)
         return rows_that_fit(self.engine.decoder, self.experiment.effects.length, self.sae.cfg.d_sae, share=share)
 
     def measure(self, items: Sequence[VectorItem]) -> list[Measurement | Failure]:

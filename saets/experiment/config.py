@@ -316,10 +316,11 @@ class JudgeSettings(Section):
 class Execution(Section):
     """How the work is laid out; not part of what is measured."""
 
-    actors: int = Field(1, ge=1)
-    """Actors, each with its own model and SAE."""
-    gpus_per_actor: float = Field(0.0, ge=0)
-    """A whole number above 1 only helps a model with a `device_map`."""
+    actors: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Actors, each with its own model and SAE. `auto` is as many as the nodes have room for."""
+    gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = 0.0
+    """A whole number above 1 only helps a model with a `device_map`. `auto` is a GPU or, where each still has room for all the
+    rows it can use, a part of one; without any GPU 0, unless that would take too long."""
     cpus_per_actor: float = Field(1.0, gt=0)
     rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows decoded together by one actor, rounded to whole vectors; the last batch is filled up. `auto` takes what the free
@@ -348,6 +349,12 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _gpus_for_the_map(self) -> Experiment:
         gpus, needed = self.execution.gpus_per_actor, self.model.gpus_named()
+        if gpus == "auto":
+            if self.model.device_map == "balanced":
+                raise ValueError(
+                    "model.device_map = 'balanced' needs execution.gpus_per_actor as a number, 2 or more; it is 'auto'"
+                )
+            return self
         if self.model.device_map == "balanced" and (gpus < 2 or gpus != int(gpus)):
             raise ValueError(
                 f"model.device_map = 'balanced' spreads a model over the GPUs of its actor, and execution.gpus_per_actor is "

@@ -115,6 +115,10 @@ class Location:
         """Last part of the path."""
         return self._path.rpartition("/")[2]
 
+    def beside(self, name: str) -> Location:
+        """The file or folder of another name in the same folder."""
+        return Location(self._filesystem, f"{self._path.rpartition('/')[0]}/{name}", f"{self._shown.rpartition('/')[0]}/{name}")
+
     @property
     def local(self) -> Path | None:
         """The path on this machine's file systems, or None."""

@@ -55,9 +55,8 @@ def measure_effects(session: Session, *, retry_failed: bool = False) -> None:
 
 
 def _measure(session: Session, pending: Pending, writer: EffectWriter, shipped: RunFolder | None) -> None:
-    experiment, run = session.experiment, session.run
+    run, experiment = session.run, session.cluster.layout(session.experiment).applied(session.experiment)
     rows = recorded_rows(run) if experiment.execution.rows == "auto" else None
-    session.cluster.connect()
     board = open_board()
     failed = 0
 

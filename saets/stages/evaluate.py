@@ -112,7 +112,7 @@ def evaluate(
                 graded(len(part))
                 failures.add((one.generation_id, one.error) for one in found)
 
-            await written_and_graded(batches, write, ungraded, grade_part, _workers(session.experiment))
+            await written_and_graded(batches, write, ungraded, grade_part, _workers(session, bool(batches)))
 
     session.pool.run(main, calls=len(batches) or _local_calls(session, len(ungraded)))
 
@@ -206,10 +206,12 @@ def grade_tables(session: Session, goals: Iterable[Goal]) -> dict[str, Table]:
     return {goal.id: session.run.grades(goal.id, grade_settings(session, goal)) for goal in goals}
 
 
-def _workers(experiment: Experiment) -> Workers:
+def _workers(session: Session, writing: bool) -> Workers:
     """As many batches as there are actors. An actor grades many texts at once; a server is asked about each text by itself, so
     that one that takes long holds up no other."""
-    actors = experiment.execution.actors
+    experiment = session.experiment
+    on_actors = writing or experiment.judge.kind == "local"
+    actors = session.cluster.layout(experiment).actors if on_actors else 1
     if experiment.judge.kind == "local":
         return Workers(actors, 2 * actors, GRADE_BATCH)
     return Workers(actors, experiment.judge.concurrency, 1)

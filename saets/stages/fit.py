@@ -44,7 +44,7 @@ def fit_approximator(session: Session) -> None:
             session.cluster,
             run.fitting,
             seed=experiment.seed,
-            gpus=min(experiment.execution.gpus_per_actor, 1),  # more are for a model spread over them
+            gpus=min(session.cluster.layout(experiment).gpus_per_actor, 1),  # more are for a model spread over them
             summed=sums.moments if sums else None,
         )
         advance(rows)

@@ -38,7 +38,7 @@ class Session:
         Ray is started when a stage first needs it, and left at the end.
         """
         run = RunFolder.create(out, experiment, effect_settings(experiment))
-        with run.locked(), Cluster(experiment.execution, verbose=verbose) as cluster:
+        with run.locked(), Cluster(experiment.execution, experiment=experiment, out=run.path, verbose=verbose) as cluster:
             yield cls(experiment, run, cluster, SteeringPool(experiment, cluster), progress or Silent(), measure)
 
     @classmethod

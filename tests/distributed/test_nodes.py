@@ -1,8 +1,9 @@
-"""Measuring on several Ray nodes, one of which dies: every vector has its result, and the same one."""
+"""Several Ray nodes: all are looked at, and where one dies while they measure, every vector has its result, and the same one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from ray.cluster_utils import Cluster as Nodes
 
 from saets.distributed.cluster import Cluster
 from saets.distributed.effects import measure
+from saets.distributed.nodes import check_nodes, survey
 from saets.effects.pending import Pending
 from saets.effects.worker import EffectWorker, Failure, Measurement
 from saets.experiment.config import Experiment
 from saets.experiment.loading import load_experiment
+from saets.files.storage import locate
 
 pytestmark = pytest.mark.ray
 
@@ -44,6 +47,33 @@ def means(pending: Pending, experiment: Experiment) -> dict[str, np.ndarray]:
     items = list(pending)
     found = [worker.measure(items[i : i + 2]) for i in range(0, len(items), 2)]
     return {result.item.vector_id: result.mean for results in found for result in results if isinstance(result, Measurement)}
+
+
+def test_every_node_says_what_it_has_and_sees(nodes: Nodes, experiment: Experiment, tmp_path: Path) -> None:
+    nodes.add_node(num_cpus=1, object_store_memory=STORE)
+    nodes.wait_for_nodes()
+    head, worker = found = survey(experiment, locate(tmp_path), write=True)
+    assert (head.resources.get("CPU", 0), worker.resources["CPU"]) == (0, 1)
+    assert all(node.sees and not node.refused and not node.missing for node in found)
+    assert list(tmp_path.iterdir()) == [], "the markers are gone"
+    check_nodes(experiment, found, locate(tmp_path))
+    text = load_experiment("tiny", [f"effects.calibration_text={tmp_path / 'text.txt'}"])
+    assert [node.missing for node in survey(text)] == [(str(tmp_path / "text.txt"),)] * 2
+
+
+def test_a_node_that_does_not_come_back_leaves_its_work_to_the_others(nodes: Nodes, experiment: Experiment) -> None:
+    first, _ = [nodes.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2)]
+    nodes.wait_for_nodes()
+    pending = Pending(experiment, 32)
+    expected = means(pending, experiment)
+    found: list[Measurement | Failure] = []
+    with Cluster(experiment.execution) as cluster:
+        for i, (results, _) in enumerate(measure(pending, experiment, cluster)):
+            found += results
+            if i == 4:
+                nodes.remove_node(first, allow_graceful=False)
+    assert sorted(result.item.vector_id for result in found) == sorted(expected)
+    assert all(isinstance(result, Measurement) for result in found)
 
 
 def test_a_node_that_dies_in_the_middle_costs_nothing_but_time(nodes: Nodes, experiment: Experiment) -> None:

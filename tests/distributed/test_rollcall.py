@@ -17,15 +17,29 @@ def test_an_actor_counts_until_it_has_been_silent_for_too_long(monkeypatch: pyte
     now = 100.0
     monkeypatch.setattr(rollcall.time, "monotonic", lambda: now)
     board = rollcall._Board()
-    board.hear("one")
-    board.hear("two")
+    board.hear("one", "here")
+    board.hear("two", "there")
     now += rollcall.SILENT_SECONDS - 1
     assert board.alive() == 2
-    board.hear("two")
+    board.hear("two", "there")
     now += 2
     assert board.alive() == 1
-    board.hear("one")
+    board.hear("one", "here")
     assert board.alive() == 2
+
+
+def test_an_actor_is_lost_once_it_is_silent_and_its_node_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(rollcall.time, "monotonic", lambda: now)
+    monkeypatch.setattr(rollcall.ray, "nodes", lambda: [{"NodeID": "here", "Alive": True}, {"NodeID": "there", "Alive": False}])
+    board = rollcall._Board()
+    board.hear("one", "here")
+    board.hear("two", "there")
+    assert board.lost() == set()
+    now += rollcall.SILENT_SECONDS
+    assert board.lost() == {"two"}
+    board.hear("two", "here")
+    assert board.lost() == set()
 
 
 @pytest.fixture

@@ -1,0 +1,18 @@
+"""`saets` for `ray submit`, which copies one file to the head and runs it there: the same words, on the cluster of that head.
+
+    ray submit cluster/aws.yaml scripts/pipeline.py -- run gemma-2-2b --out s3://bucket/gemma-2-2b
+
+RAY_ADDRESS may name another cluster. Submitted again with the same words it goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("RAY_ADDRESS", "auto")
+
+from saets.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
