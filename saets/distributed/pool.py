@@ -140,13 +140,19 @@ class Turns:
         self._entering = {asyncio.ensure_future(self._enter(actor)) for actor in actors}
 
     async def _enter(self, handle: Any) -> None:
-        try:
-            self._free.put_nowait(Actor(handle, await handle.ready.remote()))
-        except ray.exceptions.RayError as error:
-            self._free.put_nowait(error)
+        while True:
+            try:
+                self._free.put_nowait(Actor(handle, await handle.ready.remote()))
+            except ray.exceptions.ActorUnavailableError:
+                await asyncio.sleep(BEAT_SECONDS)
+                continue
+            except ray.exceptions.RayError as error:
+                self._free.put_nowait(error)
+            return
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """The result on the next free actor, or on the one after where that is lost."""
+        """The result on the next free actor, or on the one after where that is lost or out of reach."""
+        tries = 0
         while True:
             actor = await self._next()
             if isinstance(actor, BaseException):
@@ -158,9 +164,12 @@ class Turns:
                 await asyncio.wait({answer}, timeout=BEAT_SECONDS)
                 lost = not answer.done() and actor.id in await asyncio.to_thread(lost_actors, self._board)
             if not lost:
-                self._free.put_nowait(actor)
-                return answer.result()
-            logger.warning("a node is gone; its work goes to the other actors until there is another for it")
+                unreached = isinstance(answer.exception(), ray.exceptions.ActorUnavailableError)
+                tries += unreached
+                if not unreached or tries > TASK_RETRIES:
+                    self._free.put_nowait(actor)
+                    return answer.result()
+            logger.warning("an actor's node is gone; its work goes to the other actors until there is another for it")
             answer.cancel()
             self._entering.add(asyncio.ensure_future(self._enter(actor.handle)))
 
