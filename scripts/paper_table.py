@@ -52,7 +52,7 @@ def show(place: Workplace) -> str:
         [
             pages.report_section(summaries[0]),
             *(pages.contrast_section(summary) for summary in summaries[1:]),
-            pages.tried_section(study, place.tried(choice.scales).overall, choice),
+            pages.tried_section(study, place.tried(choice.tuning_scales).overall, choice),
             pages.reading_section(found),
             pages.paper_section(),
         ]
@@ -78,7 +78,7 @@ def plan(place: Workplace, rate: float | None) -> str:
     study = place.study
     scales = tuple(float(n) for n in range(study.scale_count + 1))
     methods = {family: tried[0] for family, tried in study.tried}
-    chosen = place.chosen() if place.tuned.is_file() else Chosen(scales, methods, "measured")
+    chosen = place.chosen() if place.tuned.is_file() else Chosen(scales, scales, methods, "measured")
     parts = [*study.tuning(), *study.report(chosen)]
     experiment = study.experiment(parts[0], (0.0,))
     seconds = {"given": rate} if rate is not None else seconds_a_text(experiment)

@@ -25,7 +25,7 @@ from saets.fit.approximator import EffectApproximator
 from saets.run_folder.store import RunFolder
 from saets.vector.vector import SteeringVector
 
-CHOSEN = Chosen((0.0, 0.1, 0.4), {family: tried[-1] for family, tried in TRIED.items()}, "measured")
+CHOSEN = Chosen((0.0, 0.1, 0.2), (0.0, 0.1, 0.4), {family: tried[-1] for family, tried in TRIED.items()}, "measured")
 
 
 def test_nothing_of_the_report_is_used_for_choosing() -> None:
@@ -49,8 +49,8 @@ def test_every_part_is_an_experiment_whose_goals_have_what_its_methods_need() ->
             assert all(goal_features(load_goal(goal), experiment).target for goal in part.goals)
 
 
-def test_scales_reach_from_half_of_the_lowest_calibrated_scale_to_the_highest_in_even_steps() -> None:
-    grid = scale_grid([20.0, 50.0, 160.0], 100.0, 5)
+def test_scales_go_from_the_lowest_to_the_highest_in_even_steps_of_their_logarithm() -> None:
+    grid = scale_grid(10.0, 160.0, 100.0, 5)
     assert (grid[0], grid[1], grid[-1]) == (0.0, 0.1, 1.6)
     assert np.allclose(np.diff(np.log(grid[1:])), math.log(2), atol=0.05)
 
@@ -107,10 +107,26 @@ def test_the_report_holds_every_goal_and_method_and_the_tuning_every_setting(fin
 
 
 @pytest.mark.ray
+def test_scales_of_the_report_reach_as_high_as_any_of_its_methods_on_a_development_goal(finished: Path) -> None:
+    chosen, run = Workplace(QUICK, finished).chosen(), RunFolder(finished / "tune")
+    length = run.manifest()["residual"]["length"]
+
+    def calibrated(methods: Iterable[str]) -> list[float]:
+        vectors = [SteeringVector.load(run.vector(goal, method)) for goal in QUICK.development for method in methods]
+        return [vector.provenance["scales"]["high"] / length for vector in vectors]
+
+    methods = QUICK.calibrated(chosen.methods).methods
+    assert {"caa", "sae", "rotation", *chosen.methods.values()} <= set(methods)
+    highs, tried = calibrated(methods), calibrated(method for _, some in QUICK.tried for method in some)
+    assert (chosen.scales[1], chosen.scales[-1]) == (pytest.approx(min(highs), rel=0.1), pytest.approx(max(highs), rel=0.1))
+    assert chosen.tuning_scales[1:] == pytest.approx((min(tried) / 2, max(tried)), rel=0.1)
+
+
+@pytest.mark.ray
 def test_the_best_of_the_settings_tried_is_chosen(finished: Path) -> None:
     place = Workplace(QUICK, finished, "none")
     chosen = place.chosen()
-    scores = dict(place.tried(chosen.scales).overall.select("method", "held_out").iter_rows())
+    scores = dict(place.tried(chosen.tuning_scales).overall.select("method", "held_out").iter_rows())
     for family, tried in QUICK.tried:
         names = [*tried, *(f"{method} (all alike)" for method in QUICK.alike if family == "constrained")]
         best = max(names, key=scores.__getitem__)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
 
 from saets.checks import check_goals
+from saets.distributed.tasks import put, spread
 from saets.errors import InputError
 from saets.experiment.config import settings_hash
 from saets.experiment.goal import Goal
@@ -46,23 +52,24 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
     if not todo:
         return kept
     read = read_texts(session, [(goals[name], method) for name, method in todo])
-    shared, settings = Shared(session), experiment.steering.model_dump()
+    shared, options = Shared(session), experiment.steering.model_dump()
+    ingredients = {name: Ingredients(goals[name], session, shared, read.get(name, {})) for name, _ in todo}
+    shared_by_all = functools.cache(lambda name: put(getattr(shared, name)))
+    with session.progress.stage("building vectors", len(wanted), len(kept), "vectors") as advance:
+        works = [_work(method, options, ingredients[name], shared_by_all) for name, method in todo]
+        directions = spread(_direction, works, advance)
     built: dict[Pair, SteeringVector] = {}
     failures: list[InputError] = []
-    with session.progress.stage("building vectors", len(wanted), len(kept), "vectors") as advance:
-        for name, method in todo:
-            options = methods.options_of(method, settings)
-            try:
-                made = methods.build(method, Ingredients(goals[name], session, shared, read.get(name, {})), **options)
-                facts = provenance(session, goals[name], method, options)
-                if method in methods.KEEPS_LENGTH:
-                    facts["raw_length"] = made.norm().item()
-                vector = SteeringVector.from_tensor(made, experiment.hook_name, **facts, inputs=wanted[name, method])
-            except InputError as error:
-                failures.append(InputError(f"goal {name!r}, method {method!r}: {error}"))
-            else:
-                built[name, method] = vector
-            advance(1)
+    for (name, method), made in zip(todo, directions, strict=True):
+        try:
+            if isinstance(made, InputError):
+                raise made
+            facts = provenance(session, goals[name], method, methods.options_of(method, options))
+            if method in methods.KEEPS_LENGTH:
+                facts["raw_length"] = made.norm().item()
+            built[name, method] = SteeringVector.from_tensor(made, experiment.hook_name, **facts, inputs=wanted[name, method])
+        except InputError as error:
+            failures.append(InputError(f"goal {name!r}, method {method!r}: {error}"))
     ranges = recommended_scales(session, list(built.values())) if built else []
     for (pair, vector), scales in zip(built.items(), ranges, strict=True):
         facts = {**vector.provenance, "scales": scales}
@@ -73,6 +80,28 @@ def build_vectors(session: Session) -> dict[Pair, SteeringVector]:
     vectors = {pair: built.get(pair) or kept[pair] for pair in wanted}
     run.update_stage("vectors", {f"{goal}--{method}": vector.id for (goal, method), vector in vectors.items()})
     return vectors
+
+
+def _work(method: str, options: dict[str, Any], ingredients: Ingredients, shared_by_all: Callable[[str], Any]) -> tuple[Any, ...]:
+    """The arguments of `_direction`; an error where an ingredient cannot be had."""
+    names = methods.ingredients_of(method)
+    try:
+        found = [shared_by_all(name) if hasattr(Shared, name) else getattr(ingredients, name) for name in names]
+    except InputError as error:
+        return method, options, error
+    return method, options, None, names, *found
+
+
+def _direction(
+    method: str, options: dict[str, Any], error: InputError | None, names: Sequence[str] = (), *ingredients: Any
+) -> Tensor | InputError:
+    """The method's direction, or what is wrong, so that the other vectors are built all the same."""
+    if error is not None:
+        return error
+    try:
+        return methods.build(method, SimpleNamespace(**dict(zip(names, ingredients, strict=True))), **options)
+    except InputError as wrong:
+        return wrong
 
 
 def kept_vectors(session: Session) -> dict[Pair, SteeringVector]:

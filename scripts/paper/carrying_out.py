@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,17 +68,16 @@ class Workplace:
         ):
             yield session
 
-    def scales(self) -> tuple[float, ...]:
-        """The grid of all parts, from the calibrated scales of the tuning's vectors; these are made where they are missing."""
-        part = self.study.tuning()[0]
+    def scales(self, part: Part, below: float) -> tuple[float, ...]:
+        """From `below` times the lowest calibrated scale of a part's vectors to the highest; vectors are made where missing."""
         with self.opened(part, (0.0,)) as session:
             vectors = _vectors(session)
-            highs = [vector.provenance["scales"]["high"] for vector in vectors.values()]
-            return scale_grid([high for high in highs if high], residual_length(session), self.study.scale_count)
+            highs = [high for vector in vectors.values() if (high := vector.provenance["scales"]["high"])]
+            return scale_grid(below * min(highs), max(highs), residual_length(session), self.study.scale_count)
 
     def tune(self) -> None:
         """Grade every setting on the development goals, and choose by the mean held-out score."""
-        scales = self.scales()
+        scales = self.scales(self.study.tuning()[0], 0.5)
         for part in self.study.tuning():
             with self.opened(part, scales) as session:
                 _graded(session)
@@ -89,7 +89,8 @@ class Workplace:
             methods[family] = best.removesuffix(ALIKE)
             if best.endswith(ALIKE):
                 stillness = "equal"
-        self.tuned.write_text(json.dumps({"scales": scales, "methods": methods, "stillness": stillness}, indent=1) + "\n")
+        chosen = Chosen(scales, self.scales(self.study.calibrated(methods), 1.0), methods, stillness)
+        self.tuned.write_text(json.dumps(dataclasses.asdict(chosen), indent=1) + "\n")
 
     def tried(self, scales: Sequence[float]) -> Summary:
         """Every setting on the development goals; the names of those tried once more end in `ALIKE`."""
@@ -105,7 +106,8 @@ class Workplace:
         if not self.tuned.is_file():
             raise InputError(f"no settings are chosen in {self.folder} yet; run `tune` first")
         record = json.loads(self.tuned.read_text())
-        return Chosen(tuple(record["scales"]), record["methods"], record["stillness"])
+        scales = (tuple(record[name]) for name in ("tuning_scales", "scales"))
+        return Chosen(*scales, record["methods"], record["stillness"])
 
     def report(self) -> None:
         """Write and grade the texts of all goals with the chosen settings, and measure side effects."""

@@ -38,10 +38,10 @@ def tried_section(study: Study, tried: pl.DataFrame, chosen: Chosen) -> str:
         row = scores.get(method, {})
         bounds = (row.get("held_out_low"), row.get("held_out_high"))
         lines.append([names[method], figure(row.get("held_out"), bounds=bounds), "chosen" if method in taken else ""])
-    scales = ", ".join(f"{scale:g}" for scale in chosen.scales)
+    scales, reported = (", ".join(f"{scale:g}" for scale in each) for each in (chosen.tuning_scales, chosen.scales))
     what = (
         f"Held-out score, mean of {', '.join(study.development)}; {study.tuning_samples} samples a scale. Scales, in units of "
-        f"the residual stream's median length: {scales}."
+        f"the residual stream's median length: {scales}; those of the report: {reported}."
     )
     return f"## Settings tried\n\n{what}\n\n{table(['setting', 'score', ''], lines)}"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,8 +67,10 @@ class Part:
 class Chosen:
     """What the development goals chose."""
 
+    tuning_scales: tuple[float, ...]
+    """In units of the residual stream's median length, 0 among them; as are the others."""
     scales: tuple[float, ...]
-    """In units of the residual stream's median length, 0 among them."""
+    """Of the report."""
     methods: dict[str, str]
     """The variant of each method of `TRIED`."""
     stillness: str
@@ -82,7 +85,9 @@ class Study:
     development: tuple[str, ...] = DEVELOPMENT_GOALS
     goals: tuple[str, ...] = PAPER_GOALS
     tuning_samples: int = 24
-    samples: int = 64
+    """A scale of the tuning, which has one prompt."""
+    samples: int = 32
+    """A scale and prompt of the report; with two prompts, 64 a scale."""
     scale_count: int = 8
     """Scales above 0."""
     tried: tuple[tuple[str, tuple[str, ...]], ...] = tuple(TRIED.items())
@@ -96,6 +101,10 @@ class Study:
         first = Part("tune", self.development, tried, TUNING_PROMPTS, self.tuning_samples)
         alike = ("steering.stillness=equal",)
         return first, Part("tune-alike", self.development, self.alike, TUNING_PROMPTS, self.tuning_samples, alike)
+
+    def calibrated(self, chosen: Mapping[str, str]) -> Part:
+        """The development goals with all methods of the report, in the folder of the tuning: for their calibrated scales."""
+        return dataclasses.replace(self.tuning()[0], methods=tuple(dict.fromkeys((*REPORTED, *chosen.values()))))
 
     def report(self, chosen: Chosen) -> tuple[Part, ...]:
         """The goals with features and all methods; those without, and the methods that need none."""
@@ -129,12 +138,12 @@ class Study:
         return experiment.model_copy(update={"steering": experiment.steering.model_copy(update={"features": features})})
 
 
-def scale_grid(highs: Sequence[float], length: float, count: int) -> tuple[float, ...]:
-    """0, and scales in even steps of their logarithm from half of the lowest calibrated scale to the highest.
+def scale_grid(low: float, high: float, length: float, count: int) -> tuple[float, ...]:
+    """0, and scales from `low` to `high` in even steps of their logarithm.
 
     In units of `length`, the residual stream's, to two digits.
     """
-    steps = np.geomspace(min(highs) / 2, max(highs), count) / length
+    steps = np.geomspace(low, high, count) / length
     return (0.0, *dict.fromkeys(float(f"{step:.2g}") for step in steps))
 
 

@@ -1,4 +1,4 @@
-"""Work without weights: the same in tasks of other processes as in this one."""
+"""Work without a model: the same in tasks of other processes as in this one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from saets.distributed.cluster import Cluster
-from saets.distributed.tasks import spread
+from saets.distributed.tasks import put, spread
 from saets.errors import InputError
 from saets.experiment.loading import load_experiment
 from saets.scores.summary import Summary, summarise
@@ -18,6 +18,10 @@ from tests.scores.test_summary import MEANS, texts
 
 def whose(number: int) -> tuple[int, int]:
     return number, os.getpid()
+
+
+def chosen(values: list[int], place: int) -> int:
+    return values[place]
 
 
 def refuse(number: int) -> None:
@@ -30,7 +34,10 @@ def assert_same(one: Summary, other: Summary) -> None:
 
 def test_without_ray_the_work_is_done_here() -> None:
     assert not ray.is_initialized()
-    assert spread(whose, [(i,) for i in range(3)]) == [(i, os.getpid()) for i in range(3)]
+    done: list[int] = []
+    assert spread(whose, [(i,) for i in range(3)], done.append) == [(i, os.getpid()) for i in range(3)]
+    assert done == [1, 1, 1]
+    assert put(values := [1, 2]) is values
     assert not ray.is_initialized()
 
 
@@ -43,9 +50,18 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.ray
 def test_with_ray_other_processes_do_it_in_order_and_more_items_than_processes_are_no_matter(cluster: Cluster) -> None:
-    found = spread(whose, [(i,) for i in range(20)])
+    done: list[int] = []
+    found = spread(whose, [(i,) for i in range(20)], done.append)
+    assert sum(done) == 20
     assert [number for number, _ in found] == list(range(20))
     assert os.getpid() not in {process for _, process in found}
+
+
+@pytest.mark.ray
+def test_a_value_that_is_put_once_reaches_every_item(cluster: Cluster) -> None:
+    values = put([5, 6])
+    assert isinstance(values, ray.ObjectRef)
+    assert spread(chosen, [(values, i % 2) for i in range(4)]) == [5, 6, 5, 6]
 
 
 @pytest.mark.ray
