@@ -232,8 +232,12 @@ class Page:
         return answer["result"].get("value")
 
     def wait_for(self, condition: str) -> Any:
-        """The value of a JavaScript expression, as soon as it is true of the page; looked at before every frame."""
-        look = f"(() => {{ try {{ return {condition}; }} catch {{ return null; }} }})()"
+        """The value of a JavaScript expression, as soon as it is true of the page; looked at before every frame.
+
+        An element of the page, which has no value outside, is given as true.
+        """
+        value = f"const value = {condition}; return value instanceof Node ? true : value;"
+        look = f"(() => {{ try {{ {value} }} catch {{ return null; }} }})()"
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             if value := self.evaluate(f"new Promise((done) => setTimeout(() => done({look}), 16))"):

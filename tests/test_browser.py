@@ -28,6 +28,7 @@ def test_a_page_is_used_by_keyboard_and_mouse(browser: Browser, file: Path) -> N
         assert page.evaluate("document.activeElement.textContent") == "first"
         page.press("Enter")
         assert page.wait_for("document.title === 'pressed'") is True
+        assert page.wait_for("document.querySelector('#box')") is True
         page.click("#box")
         page.write("ünï </script>")
         assert page.evaluate("document.querySelector('#box').value") == "ünï </script>"

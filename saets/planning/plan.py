@@ -146,17 +146,12 @@ def judge_estimate(experiment: Experiment, left: Left) -> Estimate:
     found = judge.estimate((goals[text.goal], text) for text in left.ungraded)
     for (goal, prompt), number in left.texts.items():
         one = judge.estimate([(goals[goal], _expected(experiment, goals[goal], prompt))])
-        found = _sum(found, one.times(float(number)))
+        found = found.plus(one.times(float(number)))
     return found
 
 
 def _expected(experiment: Experiment, goal: Goal, prompt: str) -> Generation:
     return expected_text(GenerationItem("", goal.id, "", "", 0.0, prompt, 0, 0), experiment)
-
-
-def _sum(one: Estimate, other: Estimate) -> Estimate:
-    usd = None if one.usd is None or other.usd is None else one.usd + other.usd
-    return Estimate(one.calls + other.calls, one.tokens.plus(other.tokens), usd)
 
 
 def _seconds(
