@@ -66,7 +66,9 @@ def test_more_nodes_take_less_time_for_the_same_work_and_cost(tmp_path: Path) ->
     assert one.total_seconds() > eight.total_seconds()
     traffic = "measured rows, to the driver"
     assert traffic not in {each.what for each in one.network} and traffic in {each.what for each in eight.network}
-    assert "execution.actors=64" in eight.layout.settings
+    assert not eight.layout.settings, "the preset's actors are as many as there is room for"
+    fixed = plan("gemma-2-9b", tmp_path / "none", "execution.actors=8", nodes=8, **options)
+    assert fixed.layout.actors == 64 and fixed.layout.settings == ("execution.actors=64",)
 
 
 def test_an_actor_that_a_gpu_does_not_hold_is_spread_over_several(tmp_path: Path) -> None:
@@ -147,7 +149,8 @@ def test_a_finished_run_leaves_nothing_and_another_judge_its_calls(server: Serve
 
 
 def test_the_command_prints_a_table_or_one_json_object(tmp_path: Path, capsys) -> None:
-    assert main(["plan", "gemma-2-2b", "--out", str(tmp_path / "none"), "--measure", "--gpu", "h100", "--nodes", "2"]) == 0
+    given = ["--measure", "--gpu", "h100", "--nodes", "2", "--set", "execution.actors=1"]
+    assert main(["plan", "gemma-2-2b", "--out", str(tmp_path / "none"), *given]) == 0
     printed = capsys.readouterr().out
     for words in (
         "44,808,960 rollouts",
