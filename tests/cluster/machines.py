@@ -21,7 +21,7 @@ MARK = "SAETS_TEST_MACHINE"
 SMALL = ("--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats", "--node-ip-address=127.0.0.1")
 
 
-def until(true: Callable[[], Any], what: str, *, seconds: float = 240, every: float = 0.2) -> Any:
+def until(true: Callable[[], Any], what: str, *, seconds: float = 400, every: float = 0.2) -> Any:
     """What `true` gives once it gives something."""
     end = time.monotonic() + seconds
     while not (found := true()):

@@ -18,7 +18,7 @@ from ray.job_submission import JobSubmissionClient
 from saets.run_folder.store import RunFolder, read_shard
 from tests.cluster.machines import Machines, machines, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
