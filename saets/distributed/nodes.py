@@ -81,7 +81,9 @@ class Asked(NamedTuple):
 
 
 def survey(experiment: Experiment, shared: Location | None = None, *, write: bool = False) -> list[Node]:
-    """Every node that is alive, the driver's first; with `shared`, whether each sees that folder, with `write` also writes there.
+    """Every node that is alive and stays so, the driver's first.
+
+    With `shared` it says whether each sees that folder, with `write` whether each also writes there.
 
     Raises:
         InputError: the folder cannot be written from here, or a node does not answer.
@@ -101,12 +103,21 @@ def survey(experiment: Experiment, shared: Location | None = None, *, write: boo
             raise InputError(
                 f"no answer from {', '.join(silent)} in {ANSWER_SECONDS:g} s; `ray status` shows what is wrong there"
             )
-        nodes: list[Node] = ray.get(answers)
+        nodes = [_answered(ref) for ref in answers]
     finally:
         if shared:
             for name in [name for name in shared.entries() if token in name]:
                 (shared / name).delete()
-    return [node._replace(resources=info["Resources"]) for node, info in zip(nodes, alive, strict=True)]
+    return [node._replace(resources=info["Resources"]) for node, info in zip(nodes, alive, strict=True) if node is not None]
+
+
+def _answered(answer: Any) -> Node | None:
+    """What a node says of itself; None where it died meanwhile, or had before Ray noticed."""
+    try:
+        node: Node = ray.get(answer)
+    except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError):
+        return None
+    return node
 
 
 def _ask(node_id: str, asked: Asked) -> Any:

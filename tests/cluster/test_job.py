@@ -18,7 +18,14 @@ from ray.job_submission import JobSubmissionClient
 from saets.run_folder.store import RunFolder, read_shard
 from tests.cluster.machines import Machines, machines, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+ASKED = "SAETS_JOB_TEST"
+"""It takes some minutes and much of the machine, so it runs where this variable is set."""
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(ASKED not in os.environ, reason=f"takes minutes; set {ASKED}=1 to run it"),
+]
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
