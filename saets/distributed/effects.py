@@ -125,7 +125,7 @@ def measure(
     `rows` a step are those an earlier part of the run recorded, if there was one. A batch whose process ends is tried again a
     few times; what is still missing then is tried once more, each vector by itself, so that one that kills its process costs
     its neighbours nothing, and becomes a `Failure`. A batch whose node is gone waits for another node as long as there is other
-    work, then goes to the actors that are left.
+    work, then goes to the actors that are left. Where the stream of vectors breaks off, it is made again from what is left.
 
     Raises:
         InputError: what a worker found wrong with the experiment when it loaded, or sources that can no longer be read.
@@ -135,24 +135,36 @@ def measure(
     board = board or open_board()
     sizes = [1, vectors_per_batch(experiment)]
     while sizes:
-        size = sizes.pop()
+        size, before = sizes.pop(), len(pending)
+        broken: BrokenStream | None = None
         with (
             Watch(board) as watch,
             contextlib.closing(_one_pass(pending, size, experiment, layout, rows, board, actor)) as one_pass,
         ):
-            for results, worker in one_pass:
-                watch.results()
-                pending.done(result.item for result in results)
-                yield results, worker
+            try:
+                for results, worker in one_pass:
+                    watch.results()
+                    pending.done(result.item for result in results)
+                    yield results, worker
+            except BrokenStream as error:
+                broken = error
         if not len(pending):
             return
         if watch.lost:
             logger.warning("%d vectors were in the hands of actors whose node is gone; measuring them again", len(pending))
             sizes.append(size)
+        elif broken:
+            if len(pending) == before:
+                raise broken
+            logger.warning("the stream of vectors broke off; going on with the %d that are left", len(pending))
+            sizes.append(size)
         else:
             logger.warning("%d vectors lost their worker process; trying each by itself", len(pending))
-    reason = f"the worker process ended each time it was measured ({2 * (TASK_RETRIES + 1)} times)"
-    yield [Failure(item, reason) for item in pending], None
+    yield [Failure(item, "the worker process ended each time it was measured") for item in pending], None
+
+
+class BrokenStream(InputError):
+    """The row that ends the vectors never came: what makes them ended before, or the actor that was to pass it on did."""
 
 
 class Watch:
@@ -243,7 +255,7 @@ def _one_pass(
     finally:
         del bundles  # which ends what still runs
     if not ended and len(pending):
-        raise InputError(
+        raise BrokenStream(
             f"the process that makes the vectors ended before the last {len(pending)}; run the same command again: everything "
             "written so far is kept"
         )

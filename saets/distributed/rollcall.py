@@ -86,16 +86,21 @@ def give_up(actor: str) -> None:
 
 
 def answering(board: Board | None) -> None:
-    """From now on this actor tells the board that it is alive, also while it loads and computes."""
+    """From now on this actor tells the board that it is alive, also while it loads and computes.
+
+    It waits until the board has heard of it once: an actor that the board never heard of could not be missed.
+    """
     if board is None:
         return
     context = ray.get_runtime_context()
     me, node = context.get_actor_id(), context.get_node_id()
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(board.hear.remote(me, node))
 
     def beat() -> None:
         while True:
+            time.sleep(BEAT_SECONDS)
             with contextlib.suppress(ray.exceptions.RayError):
                 board.hear.remote(me, node)
-            time.sleep(BEAT_SECONDS)
 
     threading.Thread(target=beat, daemon=True).start()

@@ -8,18 +8,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from saets.distributed.cluster import Cluster
-from saets.distributed.effects import EffectActor, measure
+from saets.distributed.effects import TASK_RETRIES, EffectActor, _unpacked, measure
 from saets.effects.pending import Pending
 from saets.effects.worker import EffectWorker, Failure, Measurement, baseline_items
 from saets.errors import InputError
 from saets.experiment.config import Experiment
 from saets.experiment.loading import load_experiment
 from saets.records import VectorItem
+from saets.run_folder.rows import items_of
 
 pytestmark = pytest.mark.ray
 
@@ -74,7 +76,7 @@ def test_a_vector_that_raises_and_one_that_kills_its_process_fail_alone(cluster:
     failures = {index: result.reason for index, result in found.items() if isinstance(result, Failure)}
     assert failures == {
         ILL: "ArithmeticError: this vector is ill",
-        DEADLY: "the worker process ended each time it was measured (4 times)",
+        DEADLY: "the worker process ended each time it was measured",
     }
     worker = EffectWorker(experiment)
     for expected in worker.measure(items):
@@ -82,6 +84,31 @@ def test_a_vector_that_raises_and_one_that_kills_its_process_fail_alone(cluster:
         if isinstance(result, Measurement):
             assert isinstance(expected, Measurement)
             assert np.array_equal(result.mean, expected.mean)
+
+
+def test_a_stream_of_vectors_that_breaks_off_goes_on_with_what_is_left(
+    cluster: Cluster, experiment: Experiment, tmp_path: Path
+) -> None:
+    """In the first pass a batch is lost, and so is the row that ends the vectors: each time that it is to be passed on."""
+    deaths, most = tmp_path / "deaths", 2 * (TASK_RETRIES + 1)
+
+    class EndsEarly(EffectActor):
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            last = not batch.column("items")[0].is_valid or any(
+                item.index == DEADLY for item in items_of(_unpacked(batch, "items"))
+            )
+            if last and len(deaths.read_text()) < most:
+                with deaths.open("a") as file:
+                    file.write(".")
+                os._exit(9)
+            return super().__call__(batch)
+
+    deaths.touch()
+    pending = without_baseline(experiment)
+    found = {r.item.index: r for results, _ in measure(pending, experiment, cluster, actor=EndsEarly) for r in results}
+    assert len(deaths.read_text()) == most
+    assert sorted(found) == list(range(14))
+    assert all(isinstance(result, Measurement) for result in found.values())
 
 
 def test_every_item_has_one_result_and_the_worker_tells_its_shape(cluster: Cluster, experiment: Experiment) -> None:
