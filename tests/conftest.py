@@ -30,13 +30,6 @@ from saets.run_folder.store import RunFolder
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where processes share the tests, one takes all that want a cluster with room and time, and a file stays together."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def tiny() -> Any:
     """The model as a `TransformerBridge`: 4 blocks, d_model 32, one token a byte."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from saets.distributed.nodes import Node
-from saets.engine.machine import most_rows
+from saets.engine.machine import FILLED, PROCESS_BYTES, most_rows, processes_on_gpu
 from saets.errors import InputError
 from saets.experiment.config import Execution, Experiment
 from saets.model import cached_numbers, model_shape, resolve_dtype, weight_count
@@ -22,15 +22,6 @@ from saets.sae import sae_width
 
 GROWTH = "SAETS_CLUSTER_GROWS"
 """Variable that says what an autoscaler may add, since Ray tells nobody: `nodes=4,GPU=1,CPU=4,GPU_GiB=48`."""
-
-MOST_ON_A_GPU = 4
-"""More processes only wait for each other."""
-
-FILLED = 0.85
-"""Share of a memory that is planned with."""
-
-PROCESS_BYTES = 2 * 2**30
-"""What an actor takes beside its model: libraries, a CUDA context."""
 
 UNKNOWN_WIDTH = 16_384
 """Features of an SAE whose width is not known before it is downloaded."""
@@ -132,7 +123,7 @@ def _share(experiment: Experiment, places: Sequence[Place]) -> float:
     smallest = min(place.gpu_memory for place in places)
     if not smallest:
         return 1.0
-    return 1.0 / max(1, min(MOST_ON_A_GPU, int(FILLED * smallest / needed_bytes(experiment, "cuda"))))
+    return 1.0 / processes_on_gpu(float(smallest), needed_bytes(experiment, "cuda"))
 
 
 def _room(experiment: Experiment, place: Place, gpus: float) -> int:

@@ -1,4 +1,4 @@
-"""What the machine has: rows that fit into memory, what running out of it looks like, bfloat16 arithmetic."""
+"""What the machine has: rows that fit into memory, models that share a GPU, what running out of it looks like, bfloat16 arithmetic."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ MOST_ROWS = {"cpu": 1024, "cuda": 8192}
 
 SHARE = 0.7
 """Share of the free memory that rows may take; the rest is for what is not counted here."""
+
+MOST_ON_A_GPU = 4
+"""More processes only wait for each other."""
+
+FILLED = 0.85
+"""Share of a memory that is planned with where processes share it."""
+
+PROCESS_BYTES = 2 * 2**30
+"""What a process takes beside its model: libraries, a CUDA context."""
 
 SIGNS = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
 """What torch says when a CPU has no memory left; there is no error type for it."""
@@ -40,6 +49,11 @@ def row_bytes(decoding: int, d_sae: int) -> int:
 def rows_in(free: float, row: int, device_type: str) -> int:
     """Rows a step in so much free memory, at least one."""
     return max(1, min(int(free * SHARE // row), most_rows(device_type)))
+
+
+def processes_on_gpu(memory: float, each: int) -> int:
+    """How many processes of so many bytes `auto` lets share a GPU, at least one."""
+    return max(1, min(MOST_ON_A_GPU, int(FILLED * memory / each)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saets.effects.worker import rollouts_per_vector, rows_per_step
-from saets.engine.machine import row_bytes, rows_in
+from saets.engine.machine import PROCESS_BYTES, most_rows, processes_on_gpu, row_bytes, rows_in
 from saets.errors import InputError
 from saets.experiment.config import Experiment
 from saets.model import resolve_dtype
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
     actors: int
     actors_per_device: float
     threads: float
-    """Cores that an actor really has; 1 on a GPU."""
+    """Cores that an actor really has; on a GPU the share of it, at most 1."""
     rows: int
     """Decoded together while effects are measured."""
     memory: Memory
@@ -87,10 +87,12 @@ def lay_out(experiment: Experiment, there: Hardware, model: ModelSize, sae: SaeS
 def _on_gpus(experiment: Experiment, there: Hardware, model: ModelSize, sae: SaeSize) -> Layout:
     dtype = resolve_dtype(experiment.model.dtype, torch.device("cuda"))
     execution = experiment.execution
-    asked = _number(execution.gpus_per_actor, 1.0) or 1.0
     memory = (there.machine.memory or 0.0) * USABLE
     weights, of_sae = model.weights * dtype.itemsize, _sae_bytes(experiment, sae)
     row = row_bytes(model.bytes_per_row(experiment.effects.length, dtype), sae.d_sae)
+    filling = row * (most_rows("cuda") if execution.rows == "auto" else execution.rows)
+    by_nodes = 1 / processes_on_gpu(there.machine.memory or 0.0, weights + of_sae + PROCESS_BYTES + filling)
+    asked = _number(execution.gpus_per_actor, by_nodes) or 1.0
     needed = weights + of_sae + row
     notes, settings = [], []
     if needed > memory * asked:
@@ -106,7 +108,7 @@ def _on_gpus(experiment: Experiment, there: Hardware, model: ModelSize, sae: Sae
             f"an actor needs {asked:g} GPUs of one node ({weights / 1e9:.1f} GB of weights), and a node has {there.devices}; "
             "plan with more (--gpus-per-node), or with GPUs of more memory"
         )
-    if asked != _number(execution.gpus_per_actor, 1.0):
+    if asked != _number(execution.gpus_per_actor, by_nodes):
         settings.append(f"execution.gpus_per_actor={asked:g}")
     on_node = int(there.devices / asked + 1e-9)
     whole = there.nodes * on_node
@@ -115,7 +117,7 @@ def _on_gpus(experiment: Experiment, there: Hardware, model: ModelSize, sae: Sae
         settings.append(f"execution.actors={actors}")
     rows = _rows(experiment, memory * asked - weights - of_sae, row, "cuda")
     held = Memory(weights, of_sae, rows * row, memory * asked)
-    return Layout(there, dtype, actors, 1 / asked, 1.0, rows, held, tuple(settings), tuple(notes))
+    return Layout(there, dtype, actors, 1 / asked, min(1.0, asked), rows, held, tuple(settings), tuple(notes))
 
 
 def _on_cores(experiment: Experiment, there: Hardware, model: ModelSize, sae: SaeSize) -> Layout:

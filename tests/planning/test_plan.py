@@ -13,6 +13,8 @@ from chat_server import Server
 
 from saets.cli import main
 from saets.distributed.cluster import Cluster
+from saets.distributed.layout import laid_out
+from saets.distributed.nodes import Gpu, Node
 from saets.errors import InputError
 from saets.experiment.config import Experiment
 from saets.experiment.loading import effect_settings, load_experiment
@@ -85,6 +87,20 @@ def test_half_a_gpu_an_actor_makes_two_of_them(tmp_path: Path) -> None:
     found = plan("gemma-2-2b", tmp_path / "none", "execution.gpus_per_actor=0.5", gpu="h100", gpus_per_node=2)
     assert found.layout.actors == 4 and found.layout.actors_per_device == 2
     assert found.layout.memory.total() < 40e9
+
+
+def test_actors_that_share_a_gpu_by_auto_are_planned_as_a_run_lays_them_out(tmp_path: Path) -> None:
+    auto = ("execution.actors=auto", "execution.gpus_per_actor=auto")
+    card = Gpu("NVIDIA L4", 24 * 10**9)
+    node = Node("host", {}, 8, 64 * 2**30, (card, card), (), True, "", "", False, {"CPU": 8.0, "GPU": 2.0})
+    shared = plan("tiny", tmp_path / "none", *auto, gpu="l4", gpus_per_node=2)
+    assert shared.layout.actors == laid_out(load_experiment("tiny", auto), [node], None).actors == 8
+    assert shared.layout.actors_per_device == 4 and shared.layout.threads == 0.25
+    assert shared.layout.settings == ()
+    alone = plan("tiny", tmp_path / "none", "execution.gpus_per_actor=1", gpu="l4", gpus_per_node=2)
+    assert alone.layout.actors == 2 and alone.layout.threads == 1
+    assert plan("gemma-2-2b", tmp_path / "none", gpu="h100").layout.actors_per_device == 1
+    assert plan("gemma-2-2b", tmp_path / "none", gpu="h200").layout.actors_per_device == 2
 
 
 def test_a_preset_that_needs_a_gpu_is_planned_for_the_cpu_where_there_is_none(
