@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from saets.engine.choice import PLAIN
 from saets.engine.machine import cpu_has_bfloat16, free_bytes
-from saets.engine.plain import share_weights
 from saets.errors import InputError, unknown
 from saets.experiment.model_config import Model, RandomWeights
 from saets.terminal.quiet import quiet
@@ -143,6 +142,8 @@ def load_model(spec: Model) -> Any:
             little memory for the weights.
     """
     from transformer_lens.model_bridge import TransformerBridge
+
+    from saets.engine.plain import share_weights
 
     devices = model_devices(spec)
     dtype = resolve_dtype(spec.dtype, devices[0])

@@ -124,6 +124,9 @@ def main(words: list[str] | None = None) -> int:
     except InputError as error:
         print(f"paper_table.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("paper_table.py: stopped; run the same command again to go on from here", file=sys.stderr)
+        return 130
     return 0
 
 

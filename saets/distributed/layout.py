@@ -17,7 +17,6 @@ from saets.distributed.nodes import Node
 from saets.engine.machine import FILLED, PROCESS_BYTES, most_rows, processes_on_gpu
 from saets.errors import InputError
 from saets.experiment.config import Execution, Experiment
-from saets.model import cached_numbers, model_shape, resolve_dtype, weight_count
 from saets.sae import sae_width
 
 GROWTH = "SAETS_CLUSTER_GROWS"
@@ -137,6 +136,8 @@ def _room(experiment: Experiment, place: Place, gpus: float) -> int:
 
 def needed_bytes(experiment: Experiment, device: str) -> int:
     """Memory of an actor: weights, SAE, the process itself, and on a GPU as many rows as fill it."""
+    from saets.model import cached_numbers, model_shape, resolve_dtype, weight_count  # takes a second: a fit's workers go without
+
     d_model = model_shape(experiment.model)[0]
     bytes_a_number = resolve_dtype(experiment.model.dtype, torch.device(device)).itemsize
     d_sae = sae_width(experiment.sae) or UNKNOWN_WIDTH
@@ -149,6 +150,8 @@ def needed_bytes(experiment: Experiment, device: str) -> int:
 
 def _refuse_slow(experiment: Experiment) -> None:
     """Raise `InputError` where a vector would take too long on CPUs, by arithmetic on what this one multiplies a second."""
+    from saets.model import weight_count
+
     effects = experiment.effects
     tokens = len(effects.prompts) * effects.rollouts * effects.length
     seconds = 2 * weight_count(experiment.model) * tokens / _operations_a_second()

@@ -5,11 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from saets.engine.bridge import BridgeDecoder, check_hook
 from saets.engine.decoder import Decoder, Unsupported
-from saets.engine.plain import PlainDecoder
 from saets.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +22,11 @@ def decoder_for(model: Any, hook_name: str) -> Decoder:
     Raises:
         InputError: no such hook, or a plain model that only a bridge can run.
     """
+    from transformers import PreTrainedModel  # what runs models takes two seconds to import, and not all processes run one
+
+    from saets.engine.bridge import BridgeDecoder, check_hook
+    from saets.engine.plain import PlainDecoder
+
     if not isinstance(model, PreTrainedModel):
         check_hook(model, hook_name)
     plain = model if isinstance(model, PreTrainedModel) else getattr(model, "__dict__", {}).get(PLAIN)

@@ -1,4 +1,4 @@
-"""What the machine has: rows that fit into memory, models that share a GPU, what running out of it looks like, bfloat16 arithmetic."""
+"""What the machine has: rows that fit into memory, models that share a GPU, signs that memory ran out, bfloat16 arithmetic."""
 
 from __future__ import annotations
 

@@ -61,22 +61,8 @@ def test_every_node_says_what_it_has_and_sees(nodes: Nodes, experiment: Experime
     assert [node.missing for node in survey(text)] == [(str(tmp_path / "text.txt"),)] * 2
 
 
-def test_a_node_that_does_not_come_back_leaves_its_work_to_the_others(nodes: Nodes, experiment: Experiment) -> None:
-    first, _ = [nodes.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2)]
-    nodes.wait_for_nodes()
-    pending = Pending(experiment, 32)
-    expected = means(pending, experiment)
-    found: list[Measurement | Failure] = []
-    with Cluster(experiment.execution) as cluster:
-        for i, (results, _) in enumerate(measure(pending, experiment, cluster)):
-            found += results
-            if i == 4:
-                nodes.remove_node(first, allow_graceful=False)
-    assert sorted(result.item.vector_id for result in found) == sorted(expected)
-    assert all(isinstance(result, Measurement) for result in found)
-
-
-def test_a_node_that_dies_in_the_middle_costs_nothing_but_time(nodes: Nodes, experiment: Experiment) -> None:
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_node_that_dies_costs_nothing_but_time(nodes: Nodes, experiment: Experiment, replaced: bool) -> None:
     first, _ = [nodes.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2)]
     nodes.wait_for_nodes()
     pending = Pending(experiment, 32)
@@ -88,7 +74,8 @@ def test_a_node_that_dies_in_the_middle_costs_nothing_but_time(nodes: Nodes, exp
             found += results
             if i == 4:
                 nodes.remove_node(first, allow_graceful=False)
-                nodes.add_node(num_cpus=1, object_store_memory=STORE)
+                if replaced:
+                    nodes.add_node(num_cpus=1, object_store_memory=STORE)
     assert sorted(result.item.vector_id for result in found) == sorted(expected)
     for result in found:
         assert isinstance(result, Measurement)
