@@ -62,7 +62,7 @@ def test_a_plan_counts_every_text_and_the_hours_that_they_take(tmp_path: Path, c
     tuning = 2 * (8 * 2 + 1) * 4 + 2 * (1 * 2 + 1) * 4
     report = 2 * (9 * 2 + 1) * 2 * 4 + 1 * (2 * 2 + 1) * 2 * 4
     assert f"{tuning + report} texts to go" in printed
-    assert f"{(tuning + report) * 3.6 / 2 / 3600:.1f} hours" in printed
+    assert f"{(tuning + report) * 3.6 / 3600:.1f} hours" in printed
     assert not list(tmp_path.iterdir())
 
 

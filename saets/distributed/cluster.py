@@ -103,6 +103,11 @@ def on_cluster() -> bool:
     return "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
 
 
+def cores() -> int:
+    """How many processes can compute at once: CPUs of the cluster, or cores of this machine where Ray runs on it alone."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) if on_cluster() else os.cpu_count() or 1)
+
+
 @contextlib.contextmanager
 def _without_keys() -> Iterator[None]:
     """Processes that are started meanwhile do not inherit `DRIVERS_OWN`."""

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from saets.distributed.cluster import input_error
+from saets.distributed.cluster import cores, input_error
 
 Result = TypeVar("Result")
 
@@ -26,7 +26,7 @@ def spread(
     """What `work(*item)` gives for each item, in order; computed here where Ray does not run, since starting it takes longer.
 
     `advance` is told how many more are done. A task reserves no CPU, as a command's actors hold theirs until it ends; no more run
-    at once than the cluster has CPUs.
+    at once than there are cores.
 
     Raises:
         InputError: what the work found wrong.
@@ -35,7 +35,7 @@ def spread(
     if not ray.is_initialized():
         return [_here(work, item, advance) for item in items]
     task = ray.remote(num_cpus=0, max_retries=RETRIES)(work)
-    most = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    most = cores()
     begun: list[Any] = []
     running: list[Any] = []
     try:

@@ -34,6 +34,7 @@ SETTINGS = (
     "effects.sources=[{kind='decoder'}, {kind='random', count=200}]",
     "steering.methods=['caa', 'sae_ts']",
     "evaluation.samples=12",
+    "execution.actors=2",
 )
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

@@ -43,7 +43,7 @@ def of(experiment: Experiment) -> Cluster:
 def test_one_node_and_numbers_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     found = asked(monkeypatch, node(CPU=4))
     experiment = load_experiment("tiny")
-    assert of(experiment).layout(experiment) == Layout(2, 0.0, 1.0)
+    assert of(experiment).layout(experiment) == Layout(1, 0.0, 1.0)
     assert found == []
 
 

@@ -39,7 +39,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
 def experiment() -> Experiment:
     """Vectors in batches of two, on two actors."""
     sources = "effects.sources=[{ stop = 60 }]"
-    return load_experiment("tiny", ["model.dtype=float32", "model.device=cpu", "execution.rows=24", sources])
+    return load_experiment("tiny", ["model.dtype=float32", "model.device=cpu", "execution.rows=24", "execution.actors=2", sources])
 
 
 def means(pending: Pending, experiment: Experiment) -> dict[str, np.ndarray]:
