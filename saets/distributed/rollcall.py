@@ -43,8 +43,11 @@ class _Board:
 
 
 def open_board() -> Board:
-    """A new board on this node; gone when its handle is."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """A new board on this node, which it must not outlive: elsewhere it would forget the actors of the node that it dies with.
+
+    It is gone when its handle is. (`soft=True` puts an actor without resources on other nodes too.)
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
     return ray.remote(**options)(_Board).remote()
 

@@ -38,8 +38,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
 @pytest.fixture
 def experiment() -> Experiment:
     """Vectors in batches of two, on two actors."""
-    sources = "effects.sources=[{ stop = 60 }]"
-    return load_experiment("tiny", ["model.dtype=float32", "model.device=cpu", "execution.rows=24", "execution.actors=2", sources])
+    laid_out = ("execution.rows=24", "execution.actors=2")
+    return load_experiment("tiny", ["model.dtype=float32", "model.device=cpu", *laid_out, "effects.sources=[{ stop = 60 }]"])
 
 
 def means(pending: Pending, experiment: Experiment) -> dict[str, np.ndarray]:
