@@ -75,8 +75,12 @@ def test_kubernetes_accepts_the_pods(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["storage.yaml", "secrets.example.yaml"])
 def test_kubernetes_accepts_what_the_pods_need(name: str) -> None:
-    for document in documents(CLUSTER / "kuberay" / name):
+    found = documents(CLUSTER / "kuberay" / name)
+    assert found
+    for document in found:
         kubernetes_validate.validate(document, "1.34", strict=True)
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate({**document, "metadataa": {}}, "1.34", strict=True)
 
 
 def test_a_misspelt_field_of_kuberay_is_refused() -> None:

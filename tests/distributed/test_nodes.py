@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster as Nodes
+from ray.util.state import list_actors
 
 from saets.distributed.cluster import Cluster
 from saets.distributed.effects import measure
 from saets.distributed.nodes import check_nodes, survey
+from saets.distributed.rollcall import actors_alive, open_board
 from saets.effects.pending import Pending
 from saets.effects.worker import EffectWorker, Failure, Measurement
 from saets.experiment.config import Experiment
@@ -59,6 +61,15 @@ def test_every_node_says_what_it_has_and_sees(nodes: Nodes, experiment: Experime
     check_nodes(experiment, found, locate(tmp_path))
     text = load_experiment("tiny", [f"effects.calibration_text={tmp_path / 'text.txt'}"])
     assert [node.missing for node in survey(text)] == [(str(tmp_path / "text.txt"),)] * 2
+
+
+def test_a_board_is_where_its_driver_is_whatever_other_nodes_there_are(nodes: Nodes) -> None:
+    nodes.add_node(num_cpus=1, object_store_memory=STORE)
+    nodes.wait_for_nodes()
+    boards = [open_board() for _ in range(3)]
+    assert [actors_alive(board) for board in boards] == [0] * 3
+    here = ray.get_runtime_context().get_node_id()
+    assert {actor.node_id for actor in list_actors(address=nodes.address, filters=[("class_name", "=", "_Board")])} == {here}
 
 
 @pytest.mark.parametrize("replaced", [True, False])

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster as Nodes
-from ray.util.state import list_actors
 
 from saets.distributed import rollcall
 from saets.distributed.cluster import Cluster
@@ -49,24 +47,6 @@ def cluster() -> Iterator[Cluster]:
     with Cluster(load_experiment("tiny").execution) as cluster:
         cluster.connect()
         yield cluster
-
-
-@pytest.mark.ray
-def test_a_board_is_where_its_driver_is_whatever_other_nodes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    room = {"num_cpus": 0, "object_store_memory": 100 * 2**20}
-    nodes = Nodes(initialize_head=True, head_node_args=room)
-    ray.init(address=nodes.address, log_to_driver=False)
-    try:
-        nodes.add_node(**room | {"num_cpus": 1})
-        nodes.wait_for_nodes()
-        boards = [rollcall.open_board() for _ in range(3)]
-        assert [rollcall.actors_alive(board) for board in boards] == [0] * 3
-        here = ray.get_runtime_context().get_node_id()
-        assert {actor.node_id for actor in list_actors(address=nodes.address, filters=[("class_name", "=", "_Board")])} == {here}
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
 
 
 @pytest.mark.ray
