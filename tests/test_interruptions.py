@@ -89,7 +89,7 @@ def test_a_run_killed_again_and_again_stopped_and_damaged_ends_with_the_rows_of_
 ) -> None:
     out = tmp_path / "run"
     run = RunFolder(out)
-    for there in ("manifest.json", "effects/baseline/*.parquet", "effects/*.parquet"):
+    for there in ("effects/baseline/*.parquet", "effects/*.parquet"):
         interrupted(out, there, signal.SIGKILL)
     killed = run.effects.ids()
     assert 0 < len(killed) < VECTORS

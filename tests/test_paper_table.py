@@ -108,6 +108,13 @@ def test_the_report_holds_every_goal_and_method_and_the_tuning_every_setting(fin
 
 
 @pytest.mark.ray
+def test_all_parts_have_the_same_effects_which_are_measured_once(finished: Path) -> None:
+    parts = ("tune", "tune-alike", "report", "report-contrast")
+    assert len({tuple(shard.name for shard in RunFolder(finished / part).effects.shards()) for part in parts}) == 1
+    assert len({(finished / part / "approximator.safetensors").read_bytes() for part in parts}) == 1
+
+
+@pytest.mark.ray
 def test_scales_of_the_report_reach_as_high_as_any_of_its_methods_on_a_development_goal(finished: Path) -> None:
     chosen, run = Workplace(QUICK, finished).chosen(), RunFolder(finished / "tune")
     length = run.manifest()["residual"]["length"]

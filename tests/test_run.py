@@ -39,8 +39,10 @@ from saets.generation import SteeringWorker
 from saets.methods.formulas import constrained
 from saets.methods.rotation import procrustes
 from saets.model import load_model, random_llama
+from saets.planning.plan import Plan, make_plan
 from saets.run_folder.store import RunFolder
 from saets.stages.ingredients import stillness_of
+from saets.stages.session import Session
 from saets.tokens import completion_text
 from saets.vector.positions import Positions
 from saets.vector.vector import SteeringVector
@@ -218,6 +220,34 @@ def test_a_second_run_writes_nothing_but_tables_and_plots(finished: Path, folder
 
 def test_a_run_folder_is_its_own_experiment(finished: Path) -> None:
     assert main(["plot", str(finished)]) == 0
+
+
+def test_a_finished_run_leaves_nothing_to_plan_and_another_judge_its_calls(
+    finished: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "planned"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns(".lock"))
+
+    def planned(*changes: str) -> Plan:
+        return make_plan(Session.looking(load_experiment(out, changes), out))
+
+    before = contents(out)
+    capsys.readouterr()
+    assert main(["plan", str(out)]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    found = planned()
+    assert found.seconds == {} and found.parts == () and found.left.texts.total() == 0 and found.left.texts_known == 16
+    more = planned("evaluation.samples=6")
+    assert more.left.texts.total() == 8 and "effects" not in more.seconds and not more.left.pairs
+    added = planned("steering.methods=['caa', 'sae', 'sae_ts', 'pinverse']")
+    assert added.left.pairs == (("london", "pinverse"),) and added.left.texts.total() == 4
+    asked = ("judge.kind=openai", f"judge.base_url={server.url}")
+    assert planned(*asked).judge.calls == 2 * 16
+    assert contents(out) == before
+    assert main(["grade", str(out), *[word for change in asked for word in ("--set", change)]]) == 0
+    shutil.rmtree(out / "grades")
+    again = planned(*asked)
+    assert len(again.left.ungraded) == 16 and again.judge.calls == 0, "all replies are kept"
 
 
 def test_another_goal_and_scale_keep_everything_else(finished: Path, folder: Path) -> None:
@@ -473,13 +503,18 @@ def test_texts_steered_at_generated_tokens_stand_beside_the_others_and_their_vec
         assert "Steered at generated tokens." in (out / "results.md").read_text()
 
 
-def test_a_run_in_a_bucket_goes_to_results_and_plots_and_is_not_computed_twice(
-    cluster: Cluster, bucket: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def in_bucket(cluster: Cluster, bucket: str) -> str:
+    """A finished run of the preset `tiny` in a bucket."""
     out = f"{bucket}/runs/tiny"
     assert main(["run", "tiny", "--out", out]) == 0
-    printed = capsys.readouterr().out
-    assert f"plots: {out}/plots" in printed
+    return out
+
+
+def test_a_run_in_a_bucket_goes_to_results_and_plots_and_is_not_computed_twice(
+    in_bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = in_bucket
     folder = locate(out)
 
     def written(name: str) -> dict[str, int]:
@@ -491,7 +526,9 @@ def test_a_run_in_a_bucket_goes_to_results_and_plots_and_is_not_computed_twice(
     once = ("effects", "effects/baseline", "generations", "vectors", "plots")
     before, approximator = {name: written(name) for name in once}, (folder / "approximator.safetensors").read_bytes()
     fitted = folder.entries()["fit.json"].mtime_ns
+    capsys.readouterr()
     assert main(["run", out]) == 0
+    assert f"plots: {out}/plots" in capsys.readouterr().out
     assert {name: written(name) for name in once} == before
     assert (folder / "approximator.safetensors").read_bytes() == approximator
     assert folder.entries()["fit.json"].mtime_ns == fitted
@@ -506,15 +543,13 @@ def test_a_run_in_a_bucket_goes_to_results_and_plots_and_is_not_computed_twice(
 
 
 def test_effects_in_a_bucket_may_be_shipped_to_a_run_elsewhere(
-    cluster: Cluster, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shipped = f"{bucket}/shipped"
-    assert main(["effects", "tiny", "--out", shipped]) == 0
-    changes = ["--set", f"effects.shipped={shipped}"]
+    changes = ["--set", f"effects.shipped={in_bucket}"]
     assert main(["effects", "tiny", "--out", str(tmp_path / "own"), *changes]) == 0
     own = RunFolder(tmp_path / "own")
     assert own.effects.read() is None
-    assert own.baseline.ids() == RunFolder(shipped).baseline.ids()
+    assert own.baseline.ids() == RunFolder(in_bucket).baseline.ids()
     capsys.readouterr()
     assert main(["fit", "tiny", "--out", str(tmp_path / "own"), *changes]) == 0
     assert "(0 measured here" in capsys.readouterr().out

@@ -42,9 +42,24 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.glob("*.py")))
-def test_a_script_says_what_it_is_for(name: str) -> None:
-    assert "usage: " in run(str(SCRIPTS / name), "--help")
+HELP = """
+import runpy, sys
+_, sys.path[0], *scripts = sys.argv
+for script in scripts:
+    print(f"# {script}")
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, script
+"""
+"""Asks scripts of a folder for their help in one process, so that what they import is imported once."""
+
+
+def test_every_script_says_what_it_is_for() -> None:
+    scripts = sorted(str(path) for path in SCRIPTS.glob("*.py"))
+    said = run("-c", HELP, str(SCRIPTS), *scripts)
+    assert [script for script in scripts if "usage: " not in said.partition(f"# {script}\n")[2].partition("\n# ")[0]] == []
 
 
 @pytest.mark.parametrize("bare", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,11 +63,27 @@ class Workplace:
         """A part's session, after what it needs has been checked."""
         experiment = self.study.experiment(part, scales)
         check_all(experiment)
+        self._begin(part)
         with (
             shown_progress(errors, self.progress) as progress,
             Session.open(experiment, self.folder / part.name, progress) as session,
         ):
             yield session
+
+    def _begin(self, part: Part) -> None:
+        """A new run folder begins with the effects and the fit of the tuning, which are the same for all parts."""
+        first, here = self.folder / self.study.tuning()[0].name, self.folder / part.name
+        if here.is_dir() or not RunFolder(first).approximator.is_file():
+            return
+        begun = self.folder / f".{part.name}"
+        shutil.rmtree(begun, ignore_errors=True)
+        shutil.copytree(first / "effects", begun / "effects")
+        for name in ("approximator.safetensors", "experiment.toml", "fit.json"):
+            shutil.copy(first / name, begun)
+        facts = RunFolder(first).manifest()
+        facts.pop("vectors", None)
+        (begun / "manifest.json").write_text(json.dumps(facts))
+        begun.rename(here)
 
     def scales(self, part: Part, below: float) -> tuple[float, ...]:
         """From `below` times the lowest calibrated scale of a part's vectors to the highest; vectors are made where missing."""

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from saets.distributed.cluster import Cluster
-from saets.distributed.effects import TASK_RETRIES, EffectActor, _unpacked, measure
+from saets.distributed.effects import EffectActor, _batch_row, _results, _unpacked, measure
+from saets.distributed.rollcall import Board, answering
 from saets.effects.pending import Pending
 from saets.effects.worker import EffectWorker, Failure, Measurement, baseline_items
 from saets.errors import InputError
@@ -87,10 +88,11 @@ def test_a_vector_that_raises_and_one_that_kills_its_process_fail_alone(cluster:
 
 
 def test_a_stream_of_vectors_that_breaks_off_goes_on_with_what_is_left(
-    cluster: Cluster, experiment: Experiment, tmp_path: Path
+    cluster: Cluster, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the first pass a batch is lost, and so is the row that ends the vectors: each time that it is to be passed on."""
-    deaths, most = tmp_path / "deaths", 2 * (TASK_RETRIES + 1)
+    """In the first pass a batch is lost, and so is the row that ends the vectors, where neither is tried again."""
+    monkeypatch.setattr("saets.distributed.effects.TASK_RETRIES", 0)
+    deaths, most = tmp_path / "deaths", 2
 
     class EndsEarly(EffectActor):
         def __call__(self, batch: pa.Table) -> pa.Table:
@@ -128,13 +130,22 @@ def test_every_item_has_one_result_and_the_worker_tells_its_shape(cluster: Clust
     assert shapes == {24}
 
 
-def test_standard_errors_of_features_travel(cluster: Cluster, tmp_path: Path) -> None:
+def test_standard_errors_of_features_travel() -> None:
     experiment = load_experiment("tiny", ["model.device=cpu", "effects.standard_errors=features", "effects.sources=[{stop=2}]"])
-    for results, _ in measure(without_baseline(experiment), experiment, cluster):
-        for result in results:
-            assert isinstance(result, Measurement)
-            assert result.feature_error_variance is not None
-            assert result.feature_error_variance.mean() == pytest.approx(result.error_variance, rel=1e-4)
+    items = list(without_baseline(experiment))
+    found = _results(EffectActor(experiment.model_dump_json(), None)(_batch_row(items)))
+    assert [result.item.index for result in found] == [0, 1]
+    for result in found:
+        assert isinstance(result, Measurement)
+        assert result.feature_error_variance is not None
+        assert result.feature_error_variance.mean() == pytest.approx(result.error_variance, rel=1e-4)
+
+
+class Idle(EffectActor):
+    """Gets no vector to measure, so it loads nothing."""
+
+    def __init__(self, experiment: str, rows: int | None, board: Board | None = None) -> None:
+        answering(board)
 
 
 def test_sources_that_can_no_longer_be_read_end_the_stage_with_the_reason(
@@ -146,4 +157,4 @@ def test_sources_that_can_no_longer_be_read_end_the_stage_with_the_reason(
     pending = without_baseline(changed)
     vectors.unlink()
     with pytest.raises(InputError, match=r"the vectors could not be made: effects.sources names .*vectors.safetensors"):
-        list(measure(pending, changed, cluster))
+        list(measure(pending, changed, cluster, actor=Idle))

@@ -117,7 +117,9 @@ def test_capped_rows_count_as_much_as_the_setting_says(cluster: Cluster, folder:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_rows_given_as_moments_count_as_rows_to_fit(cluster: Cluster, folder: Location, workers: int) -> None:
+def test_any_number_of_workers_fits_every_row_and_those_given_as_moments(
+    cluster: Cluster, folder: Location, workers: int
+) -> None:
     planted, here = Planted.of(300, 0.3), np.arange(300) < 120
     apart = here | planted.held_out
     summed, expected = Moments(D_MODEL, D_SAE), Moments(D_MODEL, D_SAE)
@@ -128,6 +130,7 @@ def test_rows_given_as_moments_count_as_rows_to_fit(cluster: Cluster, folder: Lo
     alone = planted.fit(Fit(penalties=(0.1,)), folder / uuid.uuid4().hex, cluster)
     found = some.fit(Fit(penalties=(0.1,), workers=workers), place, cluster, summed=summed)
     assert torch.allclose(found.approximator.M, RidgePath(expected).fit(0.1).M, atol=1e-5)
+    assert torch.allclose(found.approximator.b, alone.approximator.b, atol=1e-5)
     assert (found.report["rows_train"], found.report["rows_held_out"]) == ((~planted.held_out).sum(), planted.held_out.sum())
     assert found.report["held_out"]["mse"] == pytest.approx(alone.report["held_out"]["mse"], rel=1e-5)
     assert found.report["held_out"]["cosine_mean_effect"] == pytest.approx(
@@ -190,16 +193,6 @@ def test_adam_weighs_capped_rows_too(cluster: Cluster, folder: Location) -> None
     assert np.allclose(found.approximator.M, planted.M, atol=1e-2)
 
 
-def test_two_workers_fit_what_one_process_fits_and_lose_no_row(cluster: Cluster, folder: Location) -> None:
-    planted, settings = Planted.of(301, 0.3), Fit()
-    alone = planted.fit(settings, folder / uuid.uuid4().hex, cluster)
-    two = planted.fit(settings.model_copy(update={"workers": 2}), folder / uuid.uuid4().hex, cluster)
-    assert two.report["rows_train"] + two.report["rows_held_out"] == 301
-    assert torch.allclose(alone.approximator.M, two.approximator.M, atol=1e-5)
-    assert torch.allclose(alone.approximator.b, two.approximator.b, atol=1e-5)
-    assert two.report["held_out"]["mse"] == pytest.approx(alone.report["held_out"]["mse"], rel=1e-4)
-
-
 def test_after_a_worker_is_killed_adam_goes_on_to_the_result_of_an_undisturbed_fit(
     cluster: Cluster, folder: Location, tmp_path: Path
 ) -> None:
@@ -254,40 +247,33 @@ def test_effects_that_are_not_finite_are_counted_and_named(cluster: Cluster, fol
         spoiled().fit(Fit(solver=solver, capped_weight=0), folder, cluster)
 
 
-def test_bad_rows_in_one_workers_share_end_the_job_at_once(cluster: Cluster, folder: Location, tmp_path: Path) -> None:
+def test_what_one_worker_finds_wrong_all_raise_and_rows_that_are_wrong_end_the_job_at_once(
+    cluster: Cluster, folder: Location, tmp_path: Path
+) -> None:
     def counted(config: dict[str, Any]) -> Outcome | str | None:
-        (tmp_path / uuid.uuid4().hex).touch()
+        rank = ray.train.get_context().get_world_rank()
+        try:
+            with agreeing():
+                if rank == 1:
+                    raise InputError("wrong")
+        except InputError as error:
+            with (tmp_path / f"worker-{rank}").open("a") as file:
+                file.write(f"{error}.")
         return train(config)
 
     with pytest.raises(InputError, match="3 of 45 measured effects hold NaN or infinity"):
         spoiled().fit(Fit(workers=2, max_failures=3, capped_weight=0), folder, cluster, loop=counted)
-    assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 2, "each worker began once"
+    raised = {path.name: path.read_text() for path in tmp_path.glob("worker-*")}
+    assert raised == {"worker-0": "wrong.", "worker-1": "wrong."}, "each worker began once"
 
 
-def test_what_one_worker_finds_wrong_all_raise(cluster: Cluster, folder: Location) -> None:
-    """Before they wait for its numbers."""
-
-    def one_finds(config: dict[str, Any]) -> Outcome | str | None:
-        try:
-            with agreeing():
-                if ray.train.get_context().get_world_rank() == 1:
-                    raise InputError("wrong")
-        except InputError as error:
-            return f"{error} in {ray.train.get_context().get_world_rank()}"
-        return None
-
-    with pytest.raises(InputError, match="wrong in 0"):
-        Planted.of(61, 0.3).fit(Fit(workers=2), folder, cluster, loop=one_finds)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_no_room_on_disk_for_the_rows_held_out_ends_the_job(cluster: Cluster, folder: Location, workers: int) -> None:
+def test_no_room_on_disk_for_the_rows_held_out_ends_the_job(cluster: Cluster, folder: Location) -> None:
     def full(config: dict[str, Any]) -> Outcome | str | None:
         with mock.patch.object(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "r+b")):
             return train(config)
 
     with pytest.raises(InputError, match="cannot keep rows in .* set TMPDIR"):
-        Planted.of(61, 0.3).fit(Fit(workers=workers), folder, cluster, loop=full)
+        Planted.of(61, 0.3).fit(Fit(), folder, cluster, loop=full)
 
 
 def test_batches_of_a_few_rows_fit_what_one_batch_fits(cluster: Cluster, folder: Location) -> None:

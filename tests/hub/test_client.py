@@ -21,6 +21,7 @@ from safetensors.torch import load, load_file
 from torch.nn.functional import normalize
 
 from saets.cli import main
+from saets.distributed.cluster import Cluster
 from saets.experiment.config import Experiment
 from saets.experiment.loading import load_experiment
 from saets.fit.approximator import EffectApproximator
@@ -54,6 +55,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray session, which the commands find."""
+    with Cluster(load_experiment("tiny").execution) as started:
+        started.connect()
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -154,8 +163,9 @@ def test_a_published_approximator_is_refused_where_the_experiment_is_another(
     assert "was published for another experiment (hook_name is 'blocks.1.hook_resid_post'" in error_of(changed, capsys)
 
 
+@pytest.mark.ray
 def test_a_stage_that_needs_the_approximator_takes_the_published_one_and_says_so(
-    hub: Hub, authors: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cluster: None, hub: Hub, authors: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     published(hub, authors)
     out = tmp_path / "run"
@@ -170,7 +180,7 @@ def test_a_stage_that_needs_the_approximator_takes_the_published_one_and_says_so
 
 @pytest.mark.ray
 def test_a_run_goes_from_published_files_and_a_judge_behind_a_server_to_the_table(
-    hub: Hub, authors: dict[str, Any], server: Server, tmp_path: Path
+    cluster: None, hub: Hub, authors: dict[str, Any], server: Server, tmp_path: Path
 ) -> None:
     published(hub, authors)
     server.respond = steady
@@ -197,8 +207,9 @@ def test_a_run_goes_from_published_files_and_a_judge_behind_a_server_to_the_tabl
     assert "SAE-TS, bias weight 0" in table.split("## Differences")[0]
 
 
+@pytest.mark.ray
 def test_the_method_rotation_takes_the_published_one(
-    hub: Hub, authors: dict[str, Any], experiment: Experiment, tmp_path: Path
+    cluster: None, hub: Hub, authors: dict[str, Any], experiment: Experiment, tmp_path: Path
 ) -> None:
     skew = torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
     Q = authors["R_dec.pt"].T @ torch.linalg.matrix_exp(0.02 * (skew - skew.T))
@@ -285,8 +296,9 @@ def test_an_approximator_fitted_here_is_not_replaced(
     assert "holds an approximator that was fitted here" in error_of(command("pull", out), capsys)
 
 
+@pytest.mark.ray
 def test_push_puts_the_run_on_the_hub_with_a_card(
-    hub: Hub, authors: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: None, hub: Hub, authors: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published(hub, authors)
     out = tmp_path / "run"
@@ -309,7 +321,8 @@ def test_push_puts_the_run_on_the_hub_with_a_card(
     assert "vectors/wedding--sae.safetensors" not in there and "vectors/london--sae.safetensors" in there
 
 
-def test_what_is_pushed_names_no_path_of_this_machine_and_no_password(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.ray
+def test_what_is_pushed_names_no_path_of_this_machine_and_no_password(cluster: None, hub: Hub, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     out = tmp_path / "run"
     sae = load_sae(load_experiment("tiny").sae, 32)
@@ -377,14 +390,15 @@ def test_a_push_without_a_token_says_what_to_do(
 ) -> None:
     published(hub, authors)
     out = tmp_path / "run"
-    assert main(command("vectors", out)) == 0
+    assert main(command("pull", out)) == 0
     monkeypatch.setenv("HF_TOKEN", "wrong")
     assert "set HF_TOKEN" in error_of(["push", str(out), "me/run"], capsys)
     assert ("dataset", "me/run") not in hub.repos
 
 
+@pytest.mark.ray
 def test_fit_takes_the_published_effects_where_none_were_measured(
-    hub: Hub, authors: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cluster: None, hub: Hub, authors: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     published(hub, authors)
     out = tmp_path / "run"

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import ray
-from chat_server import Server
 
 from saets.cli import main
-from saets.distributed.cluster import Cluster
 from saets.distributed.layout import laid_out
 from saets.distributed.nodes import Gpu, Node
 from saets.errors import InputError
@@ -137,33 +135,6 @@ def test_vectors_that_the_run_has_are_not_counted(measured: RunFolder, tmp_path:
         plan("tiny", tmp_path / "run", *changes, "effects.rollouts=5")
 
 
-@pytest.mark.ray
-def test_a_finished_run_leaves_nothing_and_another_judge_its_calls(server: Server, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "run"
-    with Cluster(load_experiment("tiny").execution) as cluster:
-        cluster.connect()
-        assert main(["run", "tiny", "--out", str(out)]) == 0
-    assert not ray.is_initialized()
-    done = files(out)
-    capsys.readouterr()
-    assert main(["plan", str(out)]) == 0
-    assert "nothing is left to do" in capsys.readouterr().out
-    found = plan(load_experiment(str(out)), out)
-    assert found.seconds == {} and found.parts == () and found.left.texts.total() == 0 and found.left.texts_known == 56
-    more = plan(load_experiment(str(out), ["evaluation.samples=6"]), out)
-    assert more.left.texts.total() == 28 and "effects" not in more.seconds and not more.left.pairs
-    added = plan(load_experiment(str(out), ["steering.methods=['caa', 'sae', 'sae_ts', 'pinverse']"]), out)
-    assert added.left.pairs == (("london", "pinverse"), ("wedding", "pinverse")) and added.left.texts.total() == 2 * 2 * 4
-    asked = ["judge.kind=openai", f"judge.base_url={server.url}"]
-    other = load_experiment(str(out), asked)
-    assert plan(other, out).judge.calls == 2 * 56
-    assert not ray.is_initialized() and files(out) == done
-    assert main(["grade", str(out), *[word for change in asked for word in ("--set", change)]]) == 0
-    shutil.rmtree(out / "grades")
-    again = plan(other, out)
-    assert len(again.left.ungraded) == 56 and again.judge.calls == 0, "all replies are kept"
-
-
 def test_the_command_prints_a_table_or_one_json_object(tmp_path: Path, capsys) -> None:
     given = ["--measure", "--gpu", "h100", "--nodes", "2", "--set", "execution.actors=1"]
     assert main(["plan", "gemma-2-2b", "--out", str(tmp_path / "none"), *given]) == 0
@@ -181,6 +152,7 @@ def test_the_command_prints_a_table_or_one_json_object(tmp_path: Path, capsys) -
     facts = json.loads(capsys.readouterr().out)
     assert facts["judge"]["calls"] == 423_936 and facts["left"]["published"] and facts["machine"]["origin"]
     assert facts["total_seconds"] > 0 and not os.path.exists(tmp_path / "none")
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize(
