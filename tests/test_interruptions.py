@@ -17,7 +17,12 @@ import pytest
 
 from saets.cli import main
 from saets.distributed.cluster import Cluster
-from saets.experiment.loading import load_experiment
+from saets.effects.pending import Pending
+from saets.effects.worker import EffectWorker, Measurement
+from saets.experiment.config import BASELINE
+from saets.experiment.loading import effect_settings, load_experiment
+from saets.files.storage import Where
+from saets.run_folder.rows import baseline_rows, effect_rows, shared_baseline
 from saets.run_folder.store import RunFolder, read_shard
 
 pytestmark = pytest.mark.ray
@@ -39,13 +44,17 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert main(command(out)) == 0
-    return rows(out)
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
+    """Every row, measured in this process."""
+    experiment = load_experiment("tiny", SETTINGS)
+    run = RunFolder.create(tmp_path_factory.mktemp("undisturbed") / "run", experiment, effect_settings(experiment))
+    found = [one for one in EffectWorker(experiment).measure(list(Pending(experiment, 32))) if isinstance(one, Measurement)]
+    run.baseline.write(baseline_rows([one for one in found if one.item.source == BASELINE]))
+    run.effects.write(effect_rows([one for one in found if one.item.source != BASELINE], shared_baseline(run.baseline)))
+    return rows(run.path)
 
 
-def rows(out: Path) -> pl.DataFrame:
+def rows(out: Where) -> pl.DataFrame:
     """The rows of all shards, which must hold each vector once."""
     frame = pl.concat([pl.from_arrow(read_shard(shard)) for shard in RunFolder(out).effects.shards()]).sort("vector_id")
     assert frame["vector_id"].is_unique().all()
@@ -84,13 +93,12 @@ def interrupted(out: Path, there: str, sent: signal.Signals) -> tuple[int, str]:
         process.wait()
 
 
-def test_a_run_killed_again_and_again_stopped_and_damaged_ends_with_the_rows_of_an_undisturbed_one(
-    undisturbed: pl.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_a_run_killed_stopped_and_damaged_ends_with_the_rows_of_an_undisturbed_one(
+    cluster: Cluster, undisturbed: pl.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
     run = RunFolder(out)
-    for there in ("effects/baseline/*.parquet", "effects/*.parquet"):
-        interrupted(out, there, signal.SIGKILL)
+    interrupted(out, "effects/*.parquet", signal.SIGKILL)
     killed = run.effects.ids()
     assert 0 < len(killed) < VECTORS
     code, said = interrupted(out, "effects/*.parquet", signal.SIGINT)
@@ -119,7 +127,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
-    undisturbed: pl.DataFrame, small_disk: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster, undisturbed: pl.DataFrame, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, filler = small_disk / "run", small_disk / "filler"
     filler.write_bytes(bytes(2**20 - 60 * 2**10))

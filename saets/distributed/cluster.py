@@ -82,6 +82,7 @@ class Cluster:
             cpus = max(4, os.cpu_count() or 1) + SPARE_CPUS
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(cpus))  # else it warns of four processes a core
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # else it starts a process a CPU before any is needed
             options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
             options |= {"num_cpus": cpus}
         with _without_keys(), contextlib.nullcontext() if self.verbose else _without_ray_core_logs():

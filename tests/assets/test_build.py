@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -413,25 +414,37 @@ def cluster() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def measured_live(cluster: None, shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of the preset after `saets effects`."""
+    out = tmp_path_factory.mktemp("live") / "run"
+    assert main(["effects", measuring.PRESET, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def live(measured_live: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(measured_live, tmp_path / "run", ignore=shutil.ignore_patterns(".lock")))
+
+
 def fit_of(run: Path) -> dict[str, Any]:
     assert main(["fit", measuring.PRESET, "--out", str(run)]) == 0
     return json.loads((run / "fit.json").read_text())
 
 
 @pytest.mark.ray
-def test_a_run_measures_only_what_is_not_shipped_and_fits_it_with_the_sums(shipped: Path, tmp_path: Path, cluster: None) -> None:
-    assert main(["effects", measuring.PRESET, "--out", str(tmp_path)]) == 0
-    report = fit_of(tmp_path)
+def test_a_run_measures_only_what_is_not_shipped_and_fits_it_with_the_sums(live: Path) -> None:
+    report = fit_of(live)
     assert (report["rows_own"], report["rows_shipped"]) == (2, 92)
     assert report["rows_train"] + report["rows_held_out"] == 94
 
 
 @pytest.mark.ray
-def test_without_a_fit_a_run_has_the_approximator_that_one_would_give(shipped: Path, tmp_path: Path, cluster: None) -> None:
-    assert main(["effects", measuring.PRESET, "--out", str(tmp_path)]) == 0
-    run, experiment = RunFolder(tmp_path), load_experiment(measuring.PRESET)
+def test_without_a_fit_a_run_has_the_approximator_that_one_would_give(live: Path) -> None:
+    run, experiment = RunFolder(live), load_experiment(measuring.PRESET)
     here = fitted(run, experiment)
-    report = fit_of(tmp_path)
+    report = fit_of(live)
     found = fitted(run, experiment)
     assert (bool(here.here), found.here) == (True, None)
     assert {key: here.report[key] for key in ("rows_train", "rows_held_out", "penalty")}.items() <= report.items()
@@ -455,10 +468,7 @@ def test_a_vector_of_the_sums_that_was_measured_again_counts_once(shipped: Path,
 
 
 @pytest.mark.ray
-def test_sums_of_other_rows_or_of_another_sae_are_refused(
-    shipped: Path, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["effects", measuring.PRESET, "--out", str(tmp_path)]) == 0
+def test_sums_of_other_rows_or_of_another_sae_are_refused(shipped: Path, live: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named, manifest = shipped / "measured" / "effects" / "summed" / "rows.parquet", shipped / "measured" / "manifest.json"
     for path, damaged, said in (
         (named, lambda: pl.read_parquet(named)[1:].write_parquet(named), "rows, "),
@@ -466,6 +476,6 @@ def test_sums_of_other_rows_or_of_another_sae_are_refused(
     ):
         before = path.read_bytes()
         damaged()
-        assert main(["fit", measuring.PRESET, "--out", str(tmp_path)]) == 2
+        assert main(["fit", measuring.PRESET, "--out", str(live)]) == 2
         path.write_bytes(before)
         assert said in capsys.readouterr().err

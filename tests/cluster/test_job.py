@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,17 +14,11 @@ import polars as pl
 import pytest
 from ray.job_submission import JobSubmissionClient
 
+from saets.cli import main
 from saets.run_folder.store import RunFolder, read_shard
 from tests.cluster.machines import Machines, machines, until
 
-ASKED = "SAETS_JOB_TEST"
-"""It takes some minutes and much of the machine, so it runs where this variable is set."""
-
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(ASKED not in os.environ, reason=f"takes minutes; set {ASKED}=1 to run it"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
@@ -119,9 +112,7 @@ def test_a_job_that_loses_nodes_and_its_driver_ends_with_the_results_of_an_undis
     job = submit(client, out, empty)
     client.until(job, lambda: list(out.glob("vectors/*.safetensors")), "vectors")
     third.kill()
-    alone = {**os.environ, **ENVIRONMENT}
-    done = subprocess.run([sys.executable, "-m", "saets", *words(undisturbed)], env=alone, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert main(words(undisturbed)) == 0
     until(lambda: client.get_job_status(job).is_terminal(), "end of the second job")
     assert client.get_job_status(job) == "SUCCEEDED", client.get_job_logs(job)[-3000:]
     assert_same_results(out, undisturbed)

@@ -69,7 +69,15 @@ def without_baseline(experiment: Experiment) -> Pending:
     return Pending(experiment, 32, blocks=[item.vector_id for item in baseline_items(experiment, 32)])
 
 
-def test_a_vector_that_raises_and_one_that_kills_its_process_fail_alone(cluster: Cluster, experiment: Experiment) -> None:
+@pytest.fixture
+def tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch whose process ended is not tried again; how often it is makes no other difference."""
+    monkeypatch.setattr("saets.distributed.effects.TASK_RETRIES", 0)
+
+
+def test_a_vector_that_raises_and_one_that_kills_its_process_fail_alone(
+    cluster: Cluster, experiment: Experiment, tried_once: None
+) -> None:
     pending = without_baseline(experiment)
     items = list(pending)
     found = {r.item.index: r for results, _ in measure(pending, experiment, cluster, actor=Fragile) for r in results}
@@ -88,10 +96,9 @@ def test_a_vector_that_raises_and_one_that_kills_its_process_fail_alone(cluster:
 
 
 def test_a_stream_of_vectors_that_breaks_off_goes_on_with_what_is_left(
-    cluster: Cluster, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, experiment: Experiment, tmp_path: Path, tried_once: None
 ) -> None:
-    """In the first pass a batch is lost, and so is the row that ends the vectors, where neither is tried again."""
-    monkeypatch.setattr("saets.distributed.effects.TASK_RETRIES", 0)
+    """In the first pass a batch is lost, and so is the row that ends the vectors."""
     deaths, most = tmp_path / "deaths", 2
 
     class EndsEarly(EffectActor):
