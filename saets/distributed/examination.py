@@ -22,7 +22,8 @@ def examine_cluster(experiment: Experiment, out: Location, *, verbose: bool = Fa
     with Cluster(experiment.execution, verbose=verbose) as cluster:
         cluster.join()
         nodes = survey(experiment, out, write=True)
-        yield Finding("nodes", True, f"{len(nodes)} alive; the driver runs on {nodes[0].host}")
+        later = "; those that come when actors wait are looked at by their actors alone" if growth() else ""
+        yield Finding("nodes", True, f"{len(nodes)} alive; the driver runs on {nodes[0].host}{later}")
         yield from map(_node, nodes)
         yield _versions(nodes)
         yield _storage(nodes, out, experiment)
@@ -37,7 +38,7 @@ def examine_secrets() -> Finding:
     try:
         shown = secrets_shown()
     except InputError as error:
-        return Finding("keys", True, f"not looked at: {error}")
+        return Finding("keys", False, f"not looked at: {error}; see that `ray job list` works from here")
     if not shown:
         return Finding("keys", True, "none in the entry points, metadata and runtime_env of the jobs")
     return Finding(
@@ -87,7 +88,9 @@ def _cache(node: Node, experiment: Experiment) -> Finding:
     if experiment.model.loader != "transformers" or name.startswith(("/", ".")):
         return Finding("hub cache", True, f"{node.host}: {node.cache}; {name} does not come from the hub")
     there = "holds" if node.cached else "does not hold"
-    return Finding("hub cache", True, f"{node.host}: {node.cache} {there} {name}{'' if node.cached else ': one download'}")
+    return Finding(
+        "hub cache", True, f"{node.host}: {node.cache} {there} the weights of {name}{'' if node.cached else ': one download'}"
+    )
 
 
 def _actors(nodes: Sequence[Node], experiment: Experiment) -> Finding:

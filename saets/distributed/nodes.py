@@ -65,7 +65,7 @@ class Node(NamedTuple):
     cache: str
     """Folder of the hub's files."""
     cached: bool
-    """Whether the model is among them."""
+    """Whether the model's weights are among them."""
     resources: Mapping[str, float] = {}
     """Slots that Ray gives out."""
 
@@ -144,7 +144,8 @@ def look(asked: Asked) -> Node:
     missing += [f"package {name}" for name in asked.packages if importlib.util.find_spec(name.replace("-", "_")) is None]
     cached = False
     with contextlib.suppress(ValueError):  # a path is no name of the hub
-        cached = isinstance(try_to_load_from_cache(asked.model, "config.json"), str)
+        found = try_to_load_from_cache(asked.model, "config.json")  # which is fetched to check an experiment, without weights
+        cached = isinstance(found, str) and any(Path(found).parent.glob("*.safetensors"))
     return Node(
         host=socket.gethostname(),
         versions=versions(),
@@ -200,15 +201,36 @@ def gpus() -> tuple[Gpu, ...]:
     return tuple(Gpu(name.strip(), int(memory) * 2**20) for name, _, memory in rows)
 
 
+class Packages(NamedTuple):
+    """What a process runs."""
+
+    host: str
+    versions: dict[str, str]
+
+    @classmethod
+    def here(cls) -> Packages:
+        """Of this process."""
+        return cls(socket.gethostname(), versions())
+
+    def unlike(self, other: Packages) -> list[str]:
+        """What the other has in another version or not at all, a line each."""
+        return [
+            f"{other.host} has {package} {other.versions.get(package, 'not at all')}, {self.host} has {version}"
+            for package, version in self.versions.items()
+            if other.versions.get(package) != version
+        ]
+
+
+def check_packages(different: Sequence[str]) -> None:
+    """Raise `InputError` where there are differences, as `Packages.unlike` names them."""
+    if different:
+        raise InputError(f"{different[0]}{_more(different)}; {SAME_PACKAGES}")
+
+
 def different_versions(nodes: Sequence[Node]) -> list[str]:
     """What nodes have that the driver's has not, a line each."""
-    first = nodes[0]
-    return [
-        f"{node.host} has {package} {node.versions.get(package, 'not at all')}, {first.host} has {version}"
-        for node in nodes[1:]
-        for package, version in first.versions.items()
-        if node.versions.get(package) != version
-    ]
+    first, *others = (Packages(node.host, node.versions) for node in nodes)
+    return [line for other in others for line in first.unlike(other)]
 
 
 def check_nodes(experiment: Experiment, nodes: Sequence[Node], shared: Location | None = None) -> None:
@@ -216,8 +238,7 @@ def check_nodes(experiment: Experiment, nodes: Sequence[Node], shared: Location 
 
     `shared` is a folder that every node must see.
     """
-    if different := different_versions(nodes):
-        raise InputError(f"{different[0]}{_more(different)}; {SAME_PACKAGES}")
+    check_packages(different_versions(nodes))
     for node in nodes:
         if node.missing:
             raise InputError(

@@ -1,4 +1,7 @@
-"""Which actors are alive: each says so every few seconds to a board on the driver's node. Which are lost with their node."""
+"""Which actors are alive: each says so every few seconds to a board on the driver's node. Which are lost with their node.
+
+An actor also says which packages it runs, so that a node that came after the others were looked at does no work with others.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from saets.distributed.nodes import Packages, check_packages
 
 BEAT_SECONDS = 5.0
 """Time between two signs of life of an actor."""
@@ -22,8 +27,13 @@ Board = Any
 
 
 class _Board:
-    def __init__(self) -> None:
+    def __init__(self, packages: Packages) -> None:
+        self._packages = packages
         self._heard: dict[str, tuple[float, str]] = {}
+
+    def join(self, actor: str, node: str, packages: Packages) -> list[str]:
+        self.hear(actor, node)
+        return self._packages.unlike(packages)
 
     def hear(self, actor: str, node: str) -> None:
         self._heard[actor] = time.monotonic(), node
@@ -49,7 +59,7 @@ def open_board() -> Board:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
-    return ray.remote(**options)(_Board).remote()
+    return ray.remote(**options)(_Board).remote(Packages.here())
 
 
 def actors_alive(board: Board) -> int | None:
@@ -92,13 +102,18 @@ def answering(board: Board | None) -> None:
     """From now on this actor tells the board that it is alive, also while it loads and computes.
 
     It waits until the board has heard of it once: an actor that the board never heard of could not be missed.
+
+    Raises:
+        InputError: other versions of packages here than where the board was opened.
     """
     if board is None:
         return
     context = ray.get_runtime_context()
     me, node = context.get_actor_id(), context.get_node_id()
+    different: list[str] = []
     with contextlib.suppress(ray.exceptions.RayError):
-        ray.get(board.hear.remote(me, node))
+        different = ray.get(board.join.remote(me, node, Packages.here()))
+    check_packages(different)
 
     def beat() -> None:
         while True:

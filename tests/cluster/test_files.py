@@ -105,9 +105,10 @@ def test_pods_find_what_they_name(name: str) -> None:
         claims = {volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume}
         (container,) = spec["containers"]
         secrets = {entry["valueFrom"]["secretKeyRef"]["name"] for entry in container["env"] if "valueFrom" in entry}
+        whole = {entry["secretRef"]["name"] for entry in container.get("envFrom", [])}
         assert {mount["name"] for mount in container["volumeMounts"]} == volumes
-        assert {("PersistentVolumeClaim", claim) for claim in claims} | {("Secret", secret) for secret in secrets} <= there
-        with_key += [container["name"]] * any(entry["name"] == "OPENAI_API_KEY" for entry in container["env"])
+        assert {("PersistentVolumeClaim", claim) for claim in claims} | {("Secret", name) for name in secrets | whole} <= there
+        with_key += [container["name"]] * ("saets-judge" in secrets | whole)
     assert with_key == ["ray-head"]
 
 
@@ -157,6 +158,17 @@ def test_shell_scripts_are_sound() -> None:
         [BIN / "shellcheck", "--external-sources", *checked], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_files_of_the_launcher_lie_where_the_image_and_its_variables_say(name: str) -> None:
+    """`ray up` takes `~` for the HOME of the image's variables, and that of root where there is none."""
+    home = re.search(r"^ENV HOME=(\S+)", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    assert home
+    found = launcher(name)
+    mounts = {path.replace("~", home[1]) for path in found["file_mounts"]}
+    (token,) = (option.partition("HF_TOKEN_PATH=")[2] for option in found["docker"]["run_options"] if "HF_TOKEN_PATH" in option)
+    assert mounts == {f"{home[1]}/.ray/auth_token", token}
 
 
 def test_the_dockerfile_is_sound() -> None:

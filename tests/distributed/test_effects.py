@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from saets.distributed.cluster import Cluster
 from saets.distributed.effects import EffectActor, _batch_row, _results, _unpacked, measure
+from saets.distributed.nodes import versions
 from saets.distributed.rollcall import Board, answering
 from saets.effects.pending import Pending
 from saets.effects.worker import EffectWorker, Failure, Measurement, baseline_items
@@ -146,6 +148,19 @@ def test_standard_errors_of_features_travel() -> None:
         assert isinstance(result, Measurement)
         assert result.feature_error_variance is not None
         assert result.feature_error_variance.mean() == pytest.approx(result.error_variance, rel=1e-4)
+
+
+class Elsewhere(EffectActor):
+    """Runs with another torch."""
+
+    def __init__(self, experiment: str, rows: int | None, board: Board | None = None) -> None:
+        with mock.patch("saets.distributed.nodes.versions", lambda: {**versions(), "torch": "2.6.0"}):
+            super().__init__(experiment, rows, board)
+
+
+def test_an_actor_with_other_packages_than_the_driver_does_no_work(cluster: Cluster, experiment: Experiment) -> None:
+    with pytest.raises(InputError, match=r"has torch 2\.6\.0, .* has 2\..*; give every node the same image"):
+        list(measure(without_baseline(experiment), experiment, cluster, actor=Elsewhere))
 
 
 class Idle(EffectActor):

@@ -113,3 +113,13 @@ def test_a_key_in_the_list_of_jobs_is_found_and_not_repeated(monkeypatch: pytest
     job.runtime_env = {"working_dir": "gcs://pkg"}
     assert examination.examine_secrets().ok
     assert nodes.secrets_shown() == []
+
+
+def test_a_list_of_jobs_that_cannot_be_read_is_no_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise RuntimeError("401 Unauthorized")
+
+    monkeypatch.setattr(ray.job_submission, "JobSubmissionClient", refused)
+    finding = examination.examine_secrets()
+    assert not finding.ok
+    assert "401 Unauthorized; see that `ray job list` works from here" in finding.detail

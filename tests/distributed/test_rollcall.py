@@ -10,13 +10,14 @@ import ray
 
 from saets.distributed import rollcall
 from saets.distributed.cluster import Cluster
+from saets.distributed.nodes import Packages
 from saets.experiment.loading import load_experiment
 
 
 def test_an_actor_counts_until_it_has_been_silent_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(rollcall.time, "monotonic", lambda: now)
-    board = rollcall._Board()
+    board = rollcall._Board(Packages.here())
     board.hear("one", "here")
     board.hear("two", "there")
     now += rollcall.SILENT_SECONDS - 1
@@ -32,7 +33,7 @@ def test_an_actor_is_lost_once_it_is_silent_and_its_node_is_gone(monkeypatch: py
     now = 100.0
     monkeypatch.setattr(rollcall.time, "monotonic", lambda: now)
     monkeypatch.setattr(rollcall.ray, "nodes", lambda: [{"NodeID": "here", "Alive": True}, {"NodeID": "there", "Alive": False}])
-    board = rollcall._Board()
+    board = rollcall._Board(Packages.here())
     board.hear("one", "here")
     board.hear("two", "there")
     assert board.lost() == set()
