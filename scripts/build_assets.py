@@ -1,6 +1,6 @@
 """Makes what the `smollm2` preset ships, in parts that are each made once and can be stopped.
 
-    python scripts/build_assets.py [PART ...] [--work build/assets] [--set section.key=value ...] [--skip SOURCE ...] [--list]
+    python scripts/build_assets.py [PART ...] [--work build/assets] [--set section.key=value] ... [--skip SOURCE] ... [--list]
 
 Parts, each made with those that it needs: `writing` (text that the model writes), `passages` (text from Debian packages),
 `residuals` (of both, at several layers), `compare` (kinds, layers and widths of SAE on few tokens), `sae` (the shipped one),
@@ -48,15 +48,19 @@ cards, measuring, studies, shipping = (Later(f"assets.{name}") for name in ("car
 PARTS = {
     "passages": Part(passages.make, ("subject", "passages"), need=passages.need, also=passages.sources, check=passages.check),
     "writing": Part(writing.make, ("subject", "writing"), need=writing.need, also=writing.begun_with),
-    "residuals": Part(residuals.make, ("subject", "residuals"), ("writing", "passages"), need=residuals.need),
-    "compare": Part(training.compare, ("subject", "training", "compare"), ("residuals",), need=training.need_to_compare),
-    "sae": Part(training.make, ("subject", "training"), ("residuals",), need=training.need),
+    "residuals": Part(
+        residuals.make, ("subject", "residuals"), ("writing", "passages"), need=residuals.need, check=residuals.check
+    ),
+    "compare": Part(
+        training.compare, ("subject", "training", "compare"), ("residuals",), need=training.need_to_compare, check=training.check
+    ),
+    "sae": Part(training.make, ("subject", "training"), ("residuals",), need=training.need, check=training.check),
     "cards": Part(cards.make, ("cards",), ("writing", "sae"), need=cards.need),
     "effects": Part(measuring.make, ("effects",), ("sae",), need=measuring.need, also=measuring.settings_and_live_rows),
     "layers": Part(studies.layers, ("layers",), ("compare",), need=studies.need, also=measuring.preset_settings),
     "targets": Part(studies.targets, ("targets",), ("sae",), need=studies.need, also=measuring.preset_settings),
     "rollouts": Part(studies.rollouts, ("rollouts",), ("sae",), need=studies.need, also=measuring.preset_settings),
-    "ship": Part(shipping.make, (), ("writing", "passages", "sae", "cards", "effects"), each_time=True),
+    "ship": Part(shipping.make, (), ("writing", "passages", "sae", "cards", "effects"), check=shipping.check, each_time=True),
 }
 
 STUDIES = ("compare", "layers", "targets", "rollouts")

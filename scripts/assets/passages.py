@@ -8,6 +8,7 @@ import itertools
 import random
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ from saets.tokens import encode
 
 SHORTEST, SHORTEST_CHUNK = 80, 16
 """Characters of a passage and tokens of a chunk below which they are left out."""
+
+
+SPACES = " \n\u0120\u010a\u2581"
+"""Spaces and line ends, also as tokenizers write them. What follows an apostrophe or a hyphen is no start of a word."""
 
 
 class Source(NamedTuple):
@@ -79,6 +84,8 @@ def make(build: Build, folder: Path) -> Mapping[str, Any]:
             progress.at(done)
             if done - before > budget:
                 break
+        if done - before < budget:
+            print(f"passages: {name} has {done - before:,} tokens of the {budget:,} that were to come from it", file=sys.stderr)
         facts[name] = {"tokens": done - before, "licence": source.licence}
     random.Random(build.settings.subject.seed).shuffle(chunks)
     tokens = np.fromiter(itertools.chain(*chunks), np.uint16)
@@ -112,7 +119,7 @@ def wanted(build: Build) -> dict[str, Source]:
 def chunked(tokenizer: Any, text: str, length: int) -> Iterator[list[int]]:
     """BOS and at most `length` - 1 tokens of the text each; a chunk starts where a word does, short remains are left out."""
     bos, *tokens = encode(tokenizer, text)
-    begins = [piece[0] in "ĠĊ▁" or not piece[0].isalnum() for piece in tokenizer.convert_ids_to_tokens(tokens)]
+    begins = [piece[0] in SPACES for piece in tokenizer.convert_ids_to_tokens(tokens)]
     start = 0
     while len(tokens) - start >= SHORTEST_CHUNK - 1:
         end = min(start + length - 1, len(tokens))

@@ -21,6 +21,7 @@ from assets.language_model import LanguageModel
 from assets.parts import Build, Need, Progress, whole
 from assets.settings import Settings
 from saets.engine.decoder import find_blocks
+from saets.errors import InputError
 from saets.shapes import Float, Int
 
 STEP_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -41,6 +42,14 @@ def need(settings: Settings) -> Need:
     """Two bytes a number, at each layer; SmolLM2's d_model is 576."""
     tokens = settings.writing.tokens + settings.passages.tokens
     return Need(disk=2.0 * 576 * len(settings.residuals.layers) * tokens, memory=6e9)
+
+
+def check(build: Build) -> None:
+    """Raise `InputError` where the model has no such block."""
+    layers, blocks = build.settings.residuals.layers, LanguageModel.load(build).model.config.get_text_config().num_hidden_layers
+    outside = [layer for layer in layers if not 0 <= layer < blocks]
+    if outside or not layers:
+        raise InputError(f"residuals.layers is {list(layers)}; expected some of the model's blocks 0 to {blocks - 1}")
 
 
 def make(build: Build, folder: Path) -> Mapping[str, Any]:

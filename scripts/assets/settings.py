@@ -54,7 +54,7 @@ class Residuals:
     skip_positions: int = 2
     """Positions left out at the start of each chunk, BOS among them."""
     max_norm: float = 400.0
-    """Longer ones are left out: one token in a thousand is a hundred times as long as the others."""
+    """Longer ones are left out: a few tokens, beside the first of a text, are many times as long as the others."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,17 @@ class Settings:
     layers: Layers = field(default_factory=Layers)
     targets: Targets = field(default_factory=Targets)
     rollouts: Rollouts = field(default_factory=Rollouts)
+
+    def changes(self) -> list[str]:
+        """The assignments by which `replaced` makes these of the defaults."""
+        found = []
+        for section in dataclasses.fields(self):
+            mine, default = (getattr(settings, section.name) for settings in (self, Settings()))
+            for entry in dataclasses.fields(mine):
+                value = getattr(mine, entry.name)
+                if entry.metadata.get(DECIDES, True) and value != getattr(default, entry.name):
+                    found.append(f"{section.name}.{entry.name}={list(value) if isinstance(value, tuple) else value}")
+        return found
 
     def replaced(self, assignments: Sequence[str]) -> Settings:
         """With `section.key=value` in the way of TOML.

@@ -39,13 +39,17 @@ STRONGEST = 10
 """Causes and effects kept of each feature."""
 
 
+def check(build: Build) -> None:
+    """Raise `InputError` where the preset steers elsewhere than the SAE reads."""
+    steered, read = load_experiment(measuring.PRESET).hook_name, f"blocks.{build.settings.training.layer}.hook_resid_post"
+    if steered != read:
+        raise InputError(f"the preset steers at {steered}, the SAE reads {read}; make them one")
+
+
 def make(build: Build, folder: Path) -> Mapping[str, Any]:
     """Replace the package's folder: the SAE, sums over all rows but those held out, these, cards, links, and what all that is.
 
     All is made in the part's own folder first, so the package has either what it had or what is new.
-
-    Raises:
-        InputError: the preset steers elsewhere than the SAE reads.
     """
     experiment = load_experiment(measuring.PRESET)
     found = list(measuring.measurements(build.folder("effects")))
@@ -53,9 +57,6 @@ def make(build: Build, folder: Path) -> Mapping[str, Any]:
     rows = sorted((one for one in found if one.item.source != BASELINE), key=lambda one: one.item.vector_id)
     apart = is_held_out([one.item.vector_id for one in rows], experiment.seed, experiment.fit.held_out)
     held_out, summed = ([one for one, out in zip(rows, apart, strict=True) if out == wanted] for wanted in (True, False))
-    hook_name = f"blocks.{build.settings.training.layer}.hook_resid_post"
-    if experiment.hook_name != hook_name:
-        raise InputError(f"the preset steers at {experiment.hook_name}, the SAE reads {hook_name}; make them one")
 
     making = folder / "package"
     shutil.rmtree(making, ignore_errors=True)
@@ -77,8 +78,9 @@ def make(build: Build, folder: Path) -> Mapping[str, Any]:
         "rows_held_out": len(held_out),
         "held_out": held_out_report(moments, held_out, baseline, experiment.fit.penalties),
     }
-    (making / "README.md").write_text(description.of(build, facts), encoding="utf-8")
-    made = {name: build.facts(name) for name in (*build.parts["ship"].after, "residuals")}
+    told = ("writing", "passages", "residuals", "sae", "cards", "effects")
+    made = {name: build.facts(name) for name in told if build.is_made(name)}  # residuals are large, and may be gone
+    (making / "README.md").write_text(description.of(build.settings, made, facts), encoding="utf-8")
     (making / "build.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     sums = "".join(f"{digest}  {name}\n" for name, digest in checksums(making).items())
     (making / "SHA256SUMS").write_text(sums, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import math
@@ -54,6 +55,17 @@ def need_to_compare(settings: Settings) -> Need:
     return need(replace(settings, training=replace(settings.training, d_sae=2 * settings.training.d_sae)))
 
 
+def check(build: Build) -> None:
+    """Raise `InputError` for an unknown kind, a layer that no residuals are taken at, or where SAELens is missing."""
+    training, layers = build.settings.training, build.settings.residuals.layers
+    if training.kind not in KINDS:
+        raise unknown("kind of SAE", training.kind, KINDS)
+    if training.layer not in layers:
+        raise InputError(f"training.layer is {training.layer}, and residuals.layers {list(layers)}; make it one of them")
+    if importlib.util.find_spec("sae_lens") is None:
+        raise InputError("SAEs are trained by SAELens, which is not installed: pip install -c constraints.txt sae-lens")
+
+
 def make(build: Build, folder: Path) -> Mapping[str, Any]:
     """The shipped SAE, as SAELens reads it, and its quality."""
     return trained(build, build.settings.training, folder)
@@ -90,14 +102,14 @@ def _name(training: Training) -> str:
 def trained(build: Build, training: Training, folder: Path) -> dict[str, Any]:
     """Train one SAE into `folder`/sae, in float16, going on from the last checkpoint there; what it is worth on held-out text.
 
+    Where there are fewer residuals than tokens to train on they come again, which `passes` tells.
+
     Raises:
-        InputError: an unknown kind, or fewer residuals than are to be held out and trained on.
+        InputError: no residuals but those held out.
     """
     from sae_lens import SAE
 
     files = residuals.files(build, training.layer)
-    if not files:
-        raise InputError(f"no residuals at layer {training.layer}; add it to residuals.layers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not (folder / "sae").exists():
         _train(build, training, folder, files[1:], device)
@@ -107,7 +119,9 @@ def trained(build: Build, training: Training, folder: Path) -> dict[str, Any]:
         loaded: Any = SAE.load_from_disk(str(folder / "sae"), device=device).float()
     facts = quality.of(build, loaded, training.layer, held_out)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return {"layer": training.layer, "tokens": _steps(training) * training.batch, **facts}
+    tokens = _steps(training) * training.batch
+    passes = tokens / sum(len(np.load(file, mmap_mode="r")) for file in files[1:])
+    return {"layer": training.layer, "tokens": tokens, "passes": round(passes, 2), **facts}
 
 
 def _steps(training: Training) -> int:
@@ -221,7 +235,7 @@ def _training_sae(training: Training, d_in: int, device: str, steps: int) -> Any
     if training.kind == "jumprelu":
         sparse: dict[str, Any] = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(training.k)}
         return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(l0_warm_up_steps=steps // 5, **JUMPRELU, **sparse, **sizes))
-    raise unknown("kind of SAE", training.kind, KINDS)
+    raise AssertionError(f"{training.kind} was checked")
 
 
 def _save(sae: Any, folder: Path) -> None:

@@ -28,6 +28,8 @@ from assets.settings import Settings
 
 from saets.cli import main
 from saets.distributed.cluster import Cluster
+from saets.errors import InputError
+from saets.experiment.config import PRESETS
 from saets.experiment.loading import load_experiment
 from saets.fit.approximator import Moments
 from saets.forecast.evidence import evidence
@@ -372,6 +374,31 @@ def test_checksums_and_the_card_are_of_what_is_shipped(build: Build, shipped: Pa
     assert recorded["sae"] == build.facts("sae")
     assert recorded["writing"]["settings"]["subject"]["seed"] == build.settings.subject.seed
     assert f"{build.facts('sae')['l0']} latents a token" in card
+
+
+def test_checksums_in_the_package_are_of_what_is_there_and_it_is_not_too_large() -> None:
+    place = PRESETS / "smollm2"
+    named = dict(reversed(line.split("  ")) for line in (place / "SHA256SUMS").read_text().splitlines())
+    assert shipping.checksums(place) == named
+    assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) <= shipping.MOST_BYTES
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"training.kind": "topj"}, "unknown kind of SAE 'topj'"),
+        ({"training.layer": "3"}, r"training.layer is 3, and residuals.layers \[1, 2\]"),
+        ({"residuals.layers": "[1, 40]"}, r"residuals.layers is \[1, 40\]; expected some of the model's blocks 0 to 3"),
+        ({"training.layer": "2"}, "the preset steers at blocks.1.hook_resid_post, the SAE reads blocks.2"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_made(
+    build: Build, tmp_path: Path, changed: dict[str, str], said: str
+) -> None:
+    settings = build.settings.replaced([f"{key}={value}" for key, value in changed.items()])
+    with pytest.raises(InputError, match=said):
+        Build(tmp_path, settings, build_assets.PARTS, build.weights).make(["ship"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kinds_layers_and_widths_are_compared_on_fewer_tokens(build: Build) -> None:

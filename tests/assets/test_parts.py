@@ -139,6 +139,14 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "all"
 
 
+def test_changes_are_what_makes_settings_of_the_defaults() -> None:
+    changes = ["passages.skip=['gcide', 'wordnet']", "effects.decoder=3300", "compare.tokens=7"]
+    settings = Settings().replaced(changes)
+    assert sorted(settings.changes()) == sorted(changes)
+    assert Settings().replaced(settings.changes()) == settings
+    assert Settings().replaced(["effects.rows=3"]).changes() == [], "which changes how, not what"
+
+
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [

@@ -12,7 +12,10 @@ from assets.settings import Settings
 from saets.errors import InputError
 from saets.model import ByteTokenizer
 
-TEXT = "It rained in the extraordinarily old town of Bath, and nobody who lived there was surprised by the weather at all."
+TEXT = (
+    "It rained in the extraordinarily old town of Bath, and nobody who lived there was surprised by the weather at all. They "
+    "don't mind well-known rain; in 1,984 of 2,000 days it had rained before."
+)
 
 
 def test_chunks_begin_with_bos_and_where_a_word_does() -> None:
