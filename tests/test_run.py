@@ -295,7 +295,7 @@ def test_other_effect_settings_in_the_same_folder_are_refused(
 def test_effects_do_not_depend_on_the_number_of_actors_or_on_resuming(finished: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "again"
     first = "effects.sources=[{kind='decoder', start=5, stop=12}]"
-    assert run(folder, out, "execution.actors=2", first, command="effects") == 0
+    assert run(folder, out, first, command="effects") == 0
     assert run(folder, out, "execution.actors=2", command="effects") == 0
     one, two = RunFolder(out).effects.read(), RunFolder(finished).effects.read()
     assert one is not None

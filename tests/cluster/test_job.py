@@ -32,8 +32,8 @@ SETTINGS = (
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def words(out: Path) -> list[str]:
-    return ["run", "tiny", "--out", str(out), *(word for setting in SETTINGS for word in ("--set", setting))]
+def words(out: Path, *more: str) -> list[str]:
+    return ["run", "tiny", "--out", str(out), *(word for setting in (*SETTINGS, *more) for word in ("--set", setting))]
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_job_that_loses_nodes_and_its_driver_ends_with_the_results_of_an_undis
     job = submit(client, out, empty)
     client.until(job, lambda: list(out.glob("vectors/*.safetensors")), "vectors")
     third.kill()
-    assert main(words(undisturbed)) == 0
+    assert main(words(undisturbed, "execution.actors=1")) == 0
     until(lambda: client.get_job_status(job).is_terminal(), "end of the second job")
     assert client.get_job_status(job) == "SUCCEEDED", client.get_job_logs(job)[-3000:]
     assert_same_results(out, undisturbed)
