@@ -73,7 +73,7 @@ class Workplace:
     def _begin(self, part: Part) -> None:
         """A new run folder begins with the effects and the fit of the tuning, which are the same for all parts."""
         first, here = self.folder / self.study.tuning()[0].name, self.folder / part.name
-        if here.is_dir() or not RunFolder(first).approximator.is_file():
+        if here.is_dir() or not (first / "effects").is_dir() or not RunFolder(first).approximator.is_file():
             return
         begun = self.folder / f".{part.name}"
         shutil.rmtree(begun, ignore_errors=True)
