@@ -29,7 +29,12 @@ SETTINGS = (
     "evaluation.samples=12",
     "execution.actors=2",
 )
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "PYTHONPATH": f"{ROOT}:{ROOT}/tests/startup",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def words(out: Path, *more: str) -> list[str]:
