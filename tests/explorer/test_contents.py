@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from saets.errors import InputError
 from saets.experiment.config import PRESETS, Experiment
+from saets.experiment.goal import load_goal
 from saets.experiment.loading import load_experiment
 from saets.explorer.contents import Contents, gather
 from saets.explorer.sources import HERE, PREDICTED, SUMMED, Sources
@@ -245,6 +246,7 @@ def test_shipped_sums_are_shown_by_their_links_and_causes_end_where_one_might_be
 def test_an_experiment_with_cards_says_what_features_fire_on(smollm2: tuple[Sources, Contents]) -> None:
     sources, contents = smollm2
     assert sources.cards is not None
-    assert sources.cards["contexts"][907][0]["token"].strip() == "wedding"
+    ((wedding, _),) = load_goal("wedding").features["smollm2"].target
+    assert sources.cards["contexts"][wedding][0]["token"].strip() == "wedding"
     assert sources.missing == {}
     assert {facts["where"] for facts in contents.vectors} == {"shipped", SUMMED}

@@ -91,7 +91,8 @@ def test_the_cards_that_come_with_the_package_are_of_its_own_sae_alone() -> None
     frame = pl.read_parquet(PRESETS / "smollm2" / "cards.parquet")
     assert shipped is not None
     assert shipped.density.tolist() == frame["density"].to_list()
-    assert shipped.contexts(1818)[0].token.strip() == "love"
+    (love, _), *_ = load_goal("love").features["smollm2"].target
+    assert shipped.contexts(love)[0].token.strip() == "love"
     assert shipped_cards(load_experiment("tiny").sae) is None
     assert shipped_cards(load_experiment("gemma-2-2b").sae) is None
 

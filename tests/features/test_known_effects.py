@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from saets.experiment.config import PRESETS, Experiment
+from saets.experiment.goal import load_goal
 from saets.experiment.loading import effect_settings, load_experiment
 from saets.features.known_effects import STRONGEST, KnownEffect, KnownEffects
 from saets.fit.approximator import EffectApproximator
@@ -111,7 +112,8 @@ def test_what_is_shipped_for_smollm2_tells_measured_and_predicted_effects_withou
     assert linked.keys() == {there["feature"]}, "the other feature's row was not measured"
     strongest = [one["feature"] for one in there["effects"] if one["feature"] != there["feature"]]
     assert [one.feature for one in linked[there["feature"]].others] == strongest[:STRONGEST]
-    assert known.predicted([1818])[1818].own > 0
+    (love, _), *_ = load_goal("love").features["smollm2"].target
+    assert known.predicted([love])[love].own > 0
     assert known.predicted_by.endswith("measured vectors that come with smollm2")
 
 

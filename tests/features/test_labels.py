@@ -11,17 +11,19 @@ import pytest
 
 from saets.errors import InputError
 from saets.experiment.config import packaged
+from saets.experiment.goal import load_goal
 from saets.experiment.loading import load_experiment
 from saets.features.labels import feature_labels, read_labels
 
 SAE = load_experiment("smollm2").sae
+((WEDDING, _),) = load_goal("wedding").features["smollm2"].target
 LABELS = {907: "weddings [sic]", 12: "twelve"}
 
 
 def test_a_feature_of_the_packaged_sae_is_known_by_where_it_fires_most() -> None:
     cards = pl.read_parquet(packaged("preset:smollm2/cards.parquet"))
-    context = cards.row(by_predicate=pl.col("feature") == 907, named=True)["contexts"][0]
-    (label,) = feature_labels(SAE, [907]).values()
+    context = cards.row(by_predicate=pl.col("feature") == WEDDING, named=True)["contexts"][0]
+    (label,) = feature_labels(SAE, [WEDDING]).values()
     before, rest = label.split("«")
     token, after = rest.split("»")
     assert context["token"].strip() == token.strip() == "wedding"
@@ -31,8 +33,8 @@ def test_a_feature_of_the_packaged_sae_is_known_by_where_it_fires_most() -> None
 
 
 def test_a_label_that_is_given_stands_over_a_context_and_one_that_is_empty_does_not() -> None:
-    assert feature_labels(SAE, [907], {907: "weddings"}) == {907: "weddings"}
-    assert "wedding»" in feature_labels(SAE, [907], {907: ""})[907]
+    assert feature_labels(SAE, [WEDDING], {WEDDING: "weddings"}) == {WEDDING: "weddings"}
+    assert "wedding»" in feature_labels(SAE, [WEDDING], {WEDDING: ""})[WEDDING]
 
 
 def test_an_sae_without_cards_has_the_labels_that_are_given_alone() -> None:
