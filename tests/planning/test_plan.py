@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import ray
+from assets.measuring import live_rows
 
 from saets.cli import main
 from saets.distributed.layout import laid_out
 from saets.distributed.nodes import Gpu, Node
 from saets.errors import InputError
-from saets.experiment.config import DecoderRows, Experiment
+from saets.experiment.config import Experiment
 from saets.experiment.loading import effect_settings, load_experiment
 from saets.planning.plan import Plan, make_plan
 from saets.run_folder.store import RunFolder
@@ -116,9 +117,7 @@ def test_vectors_that_are_shipped_are_not_measured_again(tmp_path: Path) -> None
     assert (live.left.vectors, live.left.blocks) == (8, 0)
     own = plan("smollm2", tmp_path / "none", measure=True)
     assert (own.left.vectors, own.left.blocks) == (8, 20)
-    (live_rows,) = load_experiment("smollm2").effects.sources
-    assert isinstance(live_rows, DecoderRows) and live_rows.rows
-    rows = [0, 1, live_rows.rows[0]]
+    rows = [0, 1, live_rows()[0]]
     shipped_too = plan("smollm2", tmp_path / "none", f"effects.sources=[{{rows={rows}}}, {{kind='random', count=300}}]")
     assert (shipped_too.left.vectors, shipped_too.left.vectors_known) == (1, 302)
 
