@@ -220,7 +220,8 @@ class Progress:
         self._shown = now
         rate = (done - self._first) / (now - self._started)
         left = f", {max(0, self._total - done) / rate:,.0f} s left" if rate else ""
-        print(f"{self._what}: {done:,} of {self._total:,}, {rate:,.0f} a second{left}", file=self._out, flush=True)
+        pace = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        print(f"{self._what}: {done:,} of {self._total:,}, {pace} a second{left}", file=self._out, flush=True)
 
 
 @contextlib.contextmanager
