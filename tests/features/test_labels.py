@@ -26,7 +26,7 @@ def test_a_feature_of_the_packaged_sae_is_known_by_where_it_fires_most() -> None
     (label,) = feature_labels(SAE, [WEDDING]).values()
     before, rest = label.split("«")
     token, after = rest.split("»")
-    assert context["token"].strip() == token.strip() in ("wedding", "married")
+    assert context["token"].strip() == token.strip() == "married"
     assert before and context["before"].endswith(before)
     assert after and context["after"].startswith(after)
     assert "\n" not in label
@@ -34,7 +34,7 @@ def test_a_feature_of_the_packaged_sae_is_known_by_where_it_fires_most() -> None
 
 def test_a_label_that_is_given_stands_over_a_context_and_one_that_is_empty_does_not() -> None:
     assert feature_labels(SAE, [WEDDING], {WEDDING: "weddings"}) == {WEDDING: "weddings"}
-    assert feature_labels(SAE, [WEDDING], {WEDDING: ""}) == feature_labels(SAE, [WEDDING])
+    assert "married»" in feature_labels(SAE, [WEDDING], {WEDDING: ""})[WEDDING]
 
 
 def test_an_sae_without_cards_has_the_labels_that_are_given_alone() -> None:
