@@ -8,19 +8,20 @@ from saets.experiment.goal import Goal, check_contrast, goal_features, load_goal
 from saets.hooks import blocks_below, layer_of
 from saets.judge.choice import check_judge
 from saets.methods.formulas import needs
-from saets.model import load_tokenizer, model_shape, model_type, resolve_device
+from saets.model import load_tokenizer, model_shape, model_type, named_device, resolve_device
 from saets.sae import check_sae, sae_width
 from saets.tokens import check_chat, encode
 from saets.vector.vector import SteeringVector, same_model
 
 
 def check_experiment(experiment: Experiment) -> None:
-    """Model, hook, SAE and calibration text exist and fit each other.
+    """Model, hook, SAE and calibration text exist and fit each other; so does the device, where actors are on CPU slots.
 
     Raises:
         InputError: the first thing found wrong.
     """
-    resolve_device(experiment.model.device)
+    on_gpu_slots = experiment.execution.gpus_per_actor != 0  # those may be on other nodes
+    (named_device if on_gpu_slots else resolve_device)(experiment.model.device)
     d_model, n_layers, d_vocab = model_shape(experiment.model)
     check_place(experiment.hook_name, n_layers)
     check_sae(experiment.sae, d_model)

@@ -38,14 +38,19 @@ class Weights(NamedTuple):
     tokenizer: Any
 
 
-def resolve_device(device: str) -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def named_device(device: str) -> torch.device | None:
+    """The device of this name, here or not; None for `auto`. Raises `InputError` where no device is called so."""
     try:
-        resolved = torch.device(device)
+        return None if device == "auto" else torch.device(device)
     except RuntimeError as error:
         raise InputError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N") from error
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first GPU where there is one, else the CPU. Raises `InputError`: unknown device, or no GPU here."""
+    resolved = named_device(device)
+    if resolved is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device!r}: torch sees no GPU here; use --set model.device=cpu or a machine with a GPU")
     return resolved

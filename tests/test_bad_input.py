@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from saets import model, sae
+from saets.checks import check_experiment
 from saets.cli import main
 from saets.experiment.config import Experiment
+from saets.experiment.loading import load_experiment
 from tests.experiment.test_goal import goal_file
 
 TINY = ["run", "tiny"]
@@ -74,6 +76,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["effects.calibration_text=nowhere.txt"], "effects.calibration_text no such file"),
         (["effects.scale_grid=[10, 20]"], "effects.scale_grid must start at 0"),
         (["model.device=cuda:7"], "torch sees no GPU here"),
+        (["model.device=gpu", "execution.gpus_per_actor=1"], "unknown device 'gpu' expected auto, cpu, cuda or cuda:N"),
         (["judge.kind=openai"], "OPENAI_API_KEY"),
         (["judge.calls=both"], "judge.calls 'each' or 'together' got 'both'"),
         (["judge.max_failed=2"], "judge.max_failed got 2"),
@@ -96,6 +99,12 @@ def test_a_setting_that_cannot_work_is_one_line(
     line = said([*TINY, *(word for change in changes for word in ("--set", change))], capsys)
     for part in expected.split(" "):
         assert part in line
+
+
+@pytest.mark.parametrize("gpus", ["1", "0.5", "auto"])
+def test_gpus_that_actors_are_given_by_ray_may_be_on_other_nodes(gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_experiment(load_experiment("tiny", ["model.device=cuda", f"execution.gpus_per_actor={gpus}"]))
 
 
 @pytest.mark.parametrize(

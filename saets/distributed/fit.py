@@ -128,7 +128,7 @@ def fit(
     outcome: Outcome | str = result.return_value
     if isinstance(outcome, str):
         raise InputError(outcome)
-    M, b, feature_r2 = (torch.from_numpy(array) for array in (outcome.M, outcome.b, outcome.feature_r2))
+    M, b, feature_r2 = (torch.tensor(array) for array in (outcome.M, outcome.b, outcome.feature_r2))  # Ray's memory is read-only
     return FitResult(EffectApproximator(M, b, feature_r2=feature_r2), outcome.report)
 
 

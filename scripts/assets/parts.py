@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from saets.engine.machine import free_bytes
 from saets.errors import InputError, unknown
 
 MADE, RUNS = "made.json", "runs.json"
+
+RECORD_SECONDS = 30.0
+"""How often the time that a part has taken is written down while it is made."""
 
 
 @dataclass(frozen=True)
@@ -226,16 +230,28 @@ class Progress:
 
 @contextlib.contextmanager
 def _run_of(folder: Path) -> Iterator[None]:
-    """Record when, on what and for how long a part was worked on, stopped or not."""
+    """Record when, on what and for how long a part was worked on; one that is killed loses `RECORD_SECONDS` at most."""
     runs = json.loads((folder / RUNS).read_text(encoding="utf-8")) if (folder / RUNS).is_file() else []
     run: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
-    started = time.monotonic()
+    started, over = time.monotonic(), threading.Event()
+
+    def record() -> None:
+        text = json.dumps([*runs, run | {"seconds": round(time.monotonic() - started, 1)}], indent=1) + "\n"
+        whole(folder / RUNS, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def keep_recording() -> None:
+        while not over.wait(RECORD_SECONDS):
+            record()
+
+    record()
+    recorder = threading.Thread(target=keep_recording, daemon=True)
+    recorder.start()
     try:
         yield
     finally:
-        run["seconds"] = round(time.monotonic() - started, 1)
-        text = json.dumps([*runs, run], indent=1) + "\n"
-        whole(folder / RUNS, lambda path: path.write_text(text, encoding="utf-8"))
+        over.set()
+        recorder.join()
+        record()
 
 
 def _size(folder: Path) -> int:

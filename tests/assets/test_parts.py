@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,27 @@ def test_a_part_that_was_stopped_is_gone_on_with_in_its_own_folder(workshop: Wor
     assert workshop.build("sae") == ["streams", "sae"]
     assert begun <= {path.name for path in workshop.work.iterdir()}
     assert len(json.loads(runs.read_text())) == 2
+
+
+def test_the_time_that_a_part_has_taken_is_there_after_a_kill(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed leaves what was on disk while it worked."""
+    monkeypatch.setattr("assets.parts.RECORD_SECONDS", 0.01)
+
+    def make(build: Build, folder: Path) -> Mapping[str, Any]:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            (run,) = json.loads((folder / "runs.json").read_text())
+            if run["seconds"] >= 0.2:
+                return {"left": run}
+        raise AssertionError("the time was not written again")
+
+    workshop.parts["apart"] = Part(make, ("passages",))
+    workshop.build("apart")
+    (made,) = workshop.work.glob("apart-*/made.json")
+    kept = json.loads(made.read_text())
+    (whole_run,) = kept["runs"]
+    assert kept["left"].keys() == whole_run.keys()
+    assert kept["left"]["seconds"] <= whole_run["seconds"]
 
 
 def test_what_is_kept_of_a_part_are_its_settings_the_machine_and_its_facts(workshop: Workshop) -> None:
