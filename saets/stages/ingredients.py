@@ -122,12 +122,12 @@ class Ingredients:
     @property
     def positive(self) -> Float[Tensor, "texts d_model"]:
         """Mean residual stream of each contrast text with the behaviour."""
-        return torch.from_numpy(self._read["contrast"]["positive"])
+        return torch.tensor(self._read["contrast"]["positive"])
 
     @property
     def negative(self) -> Float[Tensor, "texts d_model"]:
         """The same of those without."""
-        return torch.from_numpy(self._read["contrast"]["negative"])
+        return torch.tensor(self._read["contrast"]["negative"])
 
     @property
     def feature_contrast(self) -> Float[Tensor, " d_sae"]:
